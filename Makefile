@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up everything they need in .venv: nothing but Python 3.10 or newer is asked for.
+# Another Python: make test PYTHON=python3.12. Without a GPU, uv can fetch the small torch: UV_TORCH_BACKEND=cpu make demo.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo install test test-all lint prepare readme
+
+demo: $(READY)
+	$(BIN)/fasterdistill_demo
+
+test: export MPLBACKEND = agg
+test: lint
+	$(BIN)/nbdev-test --n-workers 2 --timing
+	$(BIN)/pytest tests -m 'not slow' --durations 10
+
+test-all: export MPLBACKEND = agg
+test-all: lint
+	$(BIN)/nbdev-test --n-workers 2 --timing --flags slow
+	$(BIN)/pytest tests --durations 10
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+# Before every commit
+prepare: $(READY)
+	$(BIN)/nbdev-export
+	$(MAKE) test
+	$(BIN)/nbdev-clean
+	$(MAKE) readme
+
+readme: $(READY)
+	$(BIN)/python scripts/readme.py
+
+install: $(READY)
+
+# uv where it is on the PATH (a minute), else pip; again whenever what the package needs has changed
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info>=(3,10) else "Python 3.10 or newer, please: make PYTHON=python3.12")'
+	@if uv --version >/dev/null 2>&1; then set -ex; \
+		uv venv --allow-existing --python "$$(command -v $(PYTHON))" $(VENV); uv pip install --python $(BIN)/python -e '.[dev]'; \
+	else set -ex; \
+		$(PYTHON) -m venv $(VENV); $(BIN)/python -m pip install -e '.[dev]'; fi
+	@touch $@

@@ -1,0 +1,332 @@
+"""The numbers of the losses: those of `vectors/` (the authors' codes), and formulas written again in numpy.
+A new loss adds its rows to `refs`, and its formula to `formulas` with the instances to try to `derived`: every test then runs on it."""
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,MSELossFlat
+from torch import nn
+
+from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+
+torch.set_num_threads(1)
+folder = Path(__file__).parent/'vectors'
+dtypes = [torch.float64,torch.float32]
+value_tol,grad_tol = {torch.float64:1e-9, torch.float32:2e-5},{torch.float64:1e-6, torch.float32:1e-4}
+
+# ---- calling a loss on arrays ----
+
+student_side = 'pred','fm_s'
+
+def tensors(given, dtype):
+    "Arrays as tensors; those of the student require a gradient"
+    def one(o, grad): return torch.tensor(o, dtype=dtype).requires_grad_(grad) if o.dtype.kind=='f' else torch.tensor(o)
+    return {n: {k: one(a, n in student_side) for k,a in o.items()} if isinstance(o, dict) else one(o, n in student_side) if isinstance(o, np.ndarray) else o for n,o in given.items()}
+
+def leaves(given): return {(n,k): a for n in given if n in student_side for k,a in (given[n].items() if isinstance(given[n], dict) else [(None,given[n])])}
+
+def call(loss, given, dtype, par=None):
+    "Value, gradients of the student's inputs and of the learned parts; where `par` sets parts they are built first"
+    g = tensors(given, dtype)
+    if par:
+        loss.build(**{n: {k: z.detach() for k,z in g[n].items()} for n in ('fm_s','fm_t')})
+        loss.to(dtype)
+        with torch.no_grad():
+            for n,p in loss.named_parameters(): p.copy_(torch.from_numpy(par[n]))
+    v = loss(**g)
+    assert v.shape==() and v.dtype==dtype
+    ins,ps = leaves(g),dict(loss.named_parameters())
+    grads = torch.autograd.grad(v, [*ins.values(),*ps.values()])
+    return v.item(),dict(zip([*ins,*ps], [o.double().numpy() for o in grads]))
+
+def close(got, want, tol): np.testing.assert_allclose(got, want, rtol=tol, atol=0)
+def close_grad(got, want, tol):
+    assert got.shape==want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=tol*np.abs(want).max())
+
+# ---- vectors: which call gives which number ----
+
+class Ref(SimpleNamespace):
+    """Rows of a vector file: `make(v, i)` makes the loss of row `i`, `given(v)` its inputs, `out` names the values and `grads` says
+    where each gradient is, by input `('fm_s','a')`, `('pred',None)` or learned parameter, `par` where the learned parts are"""
+    def __init__(self, file, make, given, out, grads=None, case='', par=None, id=None):
+        super().__init__(file=file, make=make, given=given, out=out, grads=grads or {}, case=case, par=par or {}, id=id or file)
+    @property
+    def vectors(self):
+        with np.load(folder/f'{self.file}.npz') as d: return {k.removeprefix(self.case): d[k] for k in d if k.startswith(self.case)}
+    def rows(self):
+        v = self.vectors
+        many = v[self.out].ndim
+        for i in range(len(v[self.out]) if many else 1):
+            at = lambda k: v[k][i] if many else v[k]
+            yield self.make(v, i),self.given(v),at(self.out),{k: at(o) for k,o in self.grads.items()},{k: v[o] for k,o in self.par.items()}
+
+def logits(v): return dict(pred=v['in_zs'], teacher_pred=v['in_zt'])
+def maps(v): return dict(fm_s=dict(a=v['in_fs']), fm_t=dict(a=v['in_ft']))
+def T(v, i): return float(v['par_T'][i])
+def cross_entropy(v): return np.array(-(v['in_zs'].astype(float)-np.log(np.exp(v['in_zs'].astype(float)).sum(1, keepdims=True)))[np.arange(8),v['in_y']].mean())
+
+ordinary,pred,fm = 'ordinary__',('pred',None),('fm_s','a')
+refs = [
+    Ref('kd_soft_target', lambda v,i: SoftTarget(T=T(v,i)), logits, 'out_kl_T2', {pred:'grad_zs'}, ordinary),
+    Ref('kd_soft_target', lambda v,i: .1*TaskLoss()+.9*SoftTarget(T=T(v,i)), lambda v: {**logits(v), 'task_loss':cross_entropy(v)}, 'out_hinton_alpha09', case=ordinary, id='kd_soft_target-sum'),
+    Ref('kd_soft_target', lambda v,i: .5*TaskLoss()+.5*SoftTarget(T=5), lambda v: {**logits(v), 'task_loss':cross_entropy(v)}, 'out_fasterai_lerp_w05_T5', case=ordinary, id='kd_soft_target-fasterai'),
+    Ref('logit_standardization', lambda v,i: SoftTarget(T=T(v,i), standardize=True), logits, 'out_kl_T2', {pred:'grad_zs'}, ordinary),
+    Ref('frskd_segmentation_kl', lambda v,i: SoftTarget(T=float(v['par_T'])), lambda v: dict(pred=v['in_logits_student'], teacher_pred=v['in_logits_selfteacher']), 'out_kd_pixel_mean', {pred:'grad_logits_student_kd'}),
+    Ref('logits_mse', lambda v,i: Logits(), logits, 'out_mse', {pred:'grad_zs'}, ordinary),
+    *[Ref('at_activation', lambda v,i,p=p,m=m,form=form: Attention(p=p, map=m, form=form), maps, f'out_{m}_p{p}_{form}',
+          {fm:f'grad_fs_{m}_p{p}_code'} if form=='code' and (m,p) in (('sum',1),('sum',2),('max',2)) else {}, 'equal__', id=f'at_activation-{m}-p{p}-{form}')
+      for m in ('sum','max') for p in (1,2,4) for form in ('code','paper')],
+    Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', {fm:'grad_fs'}, 'equal__', id='fitnet-equal'),
+    Ref('fitnet', lambda v,i: FitNet(adapter=lambda s,t: nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)), maps, 'out_mse_mean', {fm:'grad_fs', 'adapters.0.weight':'grad_conv1x1_weight'}, 'projector_1x1__',
+        {'adapters.0.weight':'par_conv1x1_weight'}, id='fitnet-projector'),
+]
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+@pytest.mark.parametrize('ref', refs, ids=lambda r: r.id)
+def test_vectors(ref, dtype):
+    for loss,given,want,grads,par in ref.rows():
+        v,got = call(loss, given, dtype, par)
+        close(v, want, value_tol[dtype])
+        for k,w in grads.items(): close_grad(got[k], w, grad_tol[dtype])
+
+def test_every_vector_is_used():
+    "No value and no gradient of a file lies here unread, but those another page's loss is for, or that are the same loss in another scale"
+    later = {'logit_standardization': {'out_dkd','grad_zs_dkd'},                     # DKD
+             'kd_soft_target': {'out_kl','out_soft_ce','out_ce','out_seed_formula_alpha05'},  # without T², cross-entropies
+             'fitnet': {'out_half_sum_sq_per_sample_mean'}, 'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None}
+    for f in folder.glob('*.npz'):
+        if later.get(f.stem, set()) is None: continue
+        with np.load(f) as d: have = {k for k in d if re.match(r'(.*__)?(out|grad)_', k)}
+        used = {r.case+k for r in refs if r.file==f.stem for k in (r.out, *r.grads.values())}
+        assert {k.split('__')[-1] for k in have-used}==later.get(f.stem, set()), f.stem
+
+def test_seed_worked_example():
+    "The softened probabilities, read off the gradient against a teacher that knows nothing: `T(p-1/C)`"
+    with np.load(folder/'seed_worked_example.npz') as d: d = dict(d)
+    z = d['seed_logits'][None]
+    for t in d['par_T']:
+        g = call(SoftTarget(T=float(t)), dict(pred=z, teacher_pred=np.zeros_like(z)), torch.float64)[1][pred]
+        close(g[0]/t+1/5, d[f'out_softmax_T{t:.0f}'], 1e-9)
+        assert np.abs(g[0]/t+1/5-d[f'out_printed_in_seed_T{t:.0f}']).max() < 5e-5
+
+# ---- the formulas again, in numpy, by loops where that is plainer ----
+
+def softmax(z): e = np.exp(z-z.max()); return e/e.sum()
+def log_softmax(z): return z-z.max()-np.log(np.exp(z-z.max()).sum())
+def kl(s, t): return sum(p*(b-a) for p,a,b in zip(softmax(t), log_softmax(s), log_softmax(t)))
+
+def rows(z, axis=1): return np.moveaxis(z, axis, -1).reshape(-1, z.shape[axis]).astype(float)
+
+def np_soft_target(l, pred, teacher_pred):
+    res = []
+    for s,t in zip(rows(pred), rows(teacher_pred), strict=True):
+        if l.standardize: s,t = ((o-o.mean())/(np.sqrt(((o-o.mean())**2).sum()/(len(o)-1))+1e-7) for o in (s,t))
+        res.append(l.T**2*kl(s/l.T, t/l.T))
+    return np.mean(res)
+
+def np_binary(l, pred, teacher_pred):
+    "Each output as two classes of logits z and 0"
+    return l.T**2*np.mean([kl(np.array([s/l.T,0.]), np.array([t/l.T,0.])) for s,t in zip(pred.astype(float).ravel(), teacher_pred.astype(float).ravel(), strict=True)])
+
+def np_mse(l, pred, teacher_pred): return np.mean([(float(a)-float(b))**2 for a,b in zip(pred.ravel(), teacher_pred.ravel(), strict=True)])
+def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
+
+def np_pool(z, h, w):
+    "Every cell of an h×w grid is the mean of the pixels it touches"
+    H,W = z.shape[-2:]
+    return np.stack([np.stack([z[..., i*H//h:-(-(i+1)*H//h), j*W//w:-(-(j+1)*W//w)].mean((-2,-1)) for j in range(w)], -1) for i in range(h)], -2)
+
+def np_attention(l, fm_s, fm_t):
+    total = 0.
+    for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
+        h,w = min(s.shape[2],t.shape[2]),min(s.shape[3],t.shape[3])
+        s,t = (np_pool(o.astype(float), h, w) for o in (s,t))
+        ds = []
+        for a,b in zip(s, t):
+            qs = []
+            for o in (a,b):
+                q = (np.abs(o)**l.p).sum(0) if l.map=='sum' else (np.abs(o)**l.p).max(0)
+                qs.append(q/max(np.sqrt((q**2).sum()), 1e-12))
+            ds.append(((qs[0]-qs[1])**2).sum())
+        total += np.mean(ds)/(h*w) if l.form=='code' else np.sqrt(ds).mean()
+    return total
+
+formulas = {SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet}
+
+# ---- other seeds and odd shapes ----
+
+def normal(rng, shape, scale=1): "Exact in float32"; return np.round(scale*256*rng.standard_normal(shape))/256
+def some_logits(*shape): return lambda rng: dict(pred=normal(rng, shape, 3), teacher_pred=normal(rng, shape, 3))
+def some_maps(*pairs): return lambda rng: dict(zip(('fm_s','fm_t'), ({f'{i}': normal(rng, p[j]) for i,p in enumerate(pairs)} for j in (0,1))))
+
+odd = some_logits(5,37)
+even_maps,unequal = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6))),some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
+derived = [
+    *[(SoftTarget(T=t, standardize=st), odd) for t in (1.,2.5,8.) for st in (False,True)], (SoftTarget(), some_logits(1,2)), (SoftTarget(), some_logits(4,5,3,2)), (SoftTarget(T=2., standardize=True), some_logits(4,5,3,2)),
+    *[(BinarySoftTarget(T=t), g) for t,g in ((1.,odd),(3.,odd),(2.,some_logits(5)),(1.,some_logits(5,1)))],
+    (Logits(), odd), (Logits(), some_logits(5)), (Logits(), some_logits(5,3,4,2)),
+    *[(Attention(p=p, map=m, form=form), g) for p in (1,2,3,4) for m in ('sum','max') for form in ('code','paper') for g in (even_maps,unequal)],
+    (FitNet(adapter=None), even_maps),
+]
+def name(o):
+    if isinstance(o, nn.Module): return repr(o).replace(' ','')
+    if callable(o): return 'x'.join(map(str, next(iter(leaves(o(np.random.default_rng(0))).values())).shape))
+each_derived = pytest.mark.parametrize('loss,inputs', derived, ids=name)
+
+@pytest.mark.parametrize('seed', [0,1])
+@each_derived
+def test_derived(loss, inputs, seed):
+    "Values in both precisions; gradients against central differences of the numpy formula, along random directions"
+    rng = np.random.default_rng(seed)
+    given = inputs(rng)
+    f = formulas[type(loss)]
+    want = f(loss, **given)
+    v,grads = call(loss, given, torch.float64)
+    close(v, want, 1e-9)
+    v32,grads32 = call(loss, given, torch.float32)
+    close(v32, want, 2e-5)
+    for k,g in grads.items(): close_grad(grads32[k], g, 1e-4)
+    for _ in range(3):
+        d,h = {k: rng.standard_normal(a.shape) for k,a in leaves(given).items()},1e-6
+        def moved(e): return {n: {k: a+e*d[n,k] for k,a in o.items()} if isinstance(o, dict) else o+e*d[n,None] if n in student_side else o for n,o in given.items() if n in student_side}
+        slope = (f(loss, **{**given, **moved(h)})-f(loss, **{**given, **moved(-h)}))/(2*h)
+        size = sum(np.linalg.norm(grads[k])*np.linalg.norm(d[k]) for k in d)
+        assert abs(slope-sum((grads[k]*d[k]).sum() for k in d)) < 1e-6*size
+
+# ---- extremes, in float32 ----
+
+def extreme_logits(rng, shape):
+    "Every entry exactly 50 or -50; first item all alike for the student, then for the teacher, then the opposite of the teacher, then equal to it"
+    s,t = (rng.choice([-50.,50.], shape) for _ in range(2))
+    if len(s)>3: s[0],t[1],s[2],s[3] = 50,-50,-t[2],t[3]
+    return dict(pred=s, teacher_pred=t)
+
+def large_and_zero_maps(rng, given):
+    "Scaled by 50; the first sample is zero for the student, the second for the teacher, the third for both"
+    for side,rows in (('fm_s',(0,2)),('fm_t',(1,2))):
+        for a in given[side].values():
+            a *= 50
+            for r in rows: a[r] = 0
+    return given
+
+@each_derived
+def test_extremes(loss, inputs):
+    rng = np.random.default_rng(0)
+    given = inputs(rng)
+    cases = [large_and_zero_maps(rng, given)] if 'fm_s' in given else [extreme_logits(rng, given['pred'].shape), {k: np.zeros_like(o) for k,o in given.items()}]
+    if 'fm_s' in given: cases += [{n: {k: np.zeros_like(a) for k,a in o.items()} for n,o in given.items()}]
+    for case in cases:
+        v,grads = call(loss, case, torch.float32)
+        assert np.isfinite(v) and all(np.isfinite(g).all() for g in grads.values())
+        close(v, formulas[type(loss)](loss, **case), 2e-5)
+
+# ---- yes-or-no outputs ----
+
+def test_binary_is_soft_target_on_two_classes():
+    g = tensors(odd(np.random.default_rng(3)), torch.float64)
+    two = {k: torch.stack([o.flatten(),torch.zeros(o.numel(), dtype=o.dtype)], 1) for k,o in g.items()}
+    for t in (1.,4.):
+        a,b = BinarySoftTarget(T=t)(**g),SoftTarget(T=t)(**two)
+        close(a.item(), b.item(), 1e-9)
+        ga,gb = (torch.autograd.grad(o, g['pred'])[0].numpy() for o in (a,b))
+        close_grad(ga, gb, 1e-9)
+
+@pytest.mark.parametrize('loss', [BinarySoftTarget(),Logits()], ids=name)
+def test_one_column(loss):
+    "`(B,1)` and `(B,)` are the same outputs; nothing else is reshaped"
+    s,t = torch.randn(2,6)
+    want = loss(pred=s, teacher_pred=t)
+    assert loss(pred=s[:,None], teacher_pred=t)==want==loss(pred=s, teacher_pred=t[:,None])==loss(pred=s[:,None], teacher_pred=t[:,None])
+    for a,b in (((8,10),(10,8)), ((6,),(2,3)), ((2,3),(6,)), ((2,6),(2,2,3)), ((4,1),(1,4))):
+        with pytest.raises(ValueError, match=re.escape(str(a))): loss(pred=torch.randn(a), teacher_pred=torch.randn(b))
+
+# ---- dense and sequence outputs ----
+
+def labelled(shape, ignore, rng, share=.3):
+    y = rng.integers(0, 4, shape)
+    y[rng.random(shape)<share] = ignore
+    return y
+
+dense = [ # the loss function, shape of the outputs, axis of the classes, shape of the labels, ignored label
+    ('CrossEntropyLoss', nn.CrossEntropyLoss(ignore_index=255), (3,5,4,6), 1, (3,4,6), 255),
+    ('CrossEntropyLoss-default', nn.CrossEntropyLoss(), (3,5,4,6), 1, (3,4,6), -100),
+    ('CrossEntropyLoss-square', nn.CrossEntropyLoss(), (3,5,5,5), 1, (3,5,5), -100),
+    ('CrossEntropyLoss-sequence', nn.CrossEntropyLoss(), (3,5,7), 1, (3,7), -100),
+    ('CrossEntropyLoss-sequence-square', nn.CrossEntropyLoss(), (3,5,5), 1, (3,5), -100),
+    ('cross_entropy-sequence-square', F.cross_entropy, (3,5,5), 1, (3,5), None),
+    ('Flat-axis1', CrossEntropyLossFlat(axis=1, ignore_index=255), (3,5,4,6), 1, (3,4,6), 255),
+    ('Flat-axis1-channel', CrossEntropyLossFlat(axis=1), (3,5,4,6), 1, (3,1,4,6), -100),
+    ('Flat-axis1-square', CrossEntropyLossFlat(axis=1), (3,5,5,5), 1, (3,5,5), -100),
+    ('Flat-axis-1', CrossEntropyLossFlat(axis=-1), (3,7,5), 2, (3,7), -100),
+    ('Flat-axis-1-square', CrossEntropyLossFlat(axis=-1, ignore_index=1), (3,5,5), 2, (3,5), 1),
+    ('Flat-axis-1-dense', CrossEntropyLossFlat(axis=-1), (3,4,6,5), 3, (3,4,6), -100),
+    ('none-dense', None, (3,5,4,6), 1, (3,4,6), None),
+    ('none-sequence', None, (3,7,5), 2, (3,7), None),
+]
+@pytest.mark.parametrize('standardize', [False,True], ids=['','standardize'])
+@pytest.mark.parametrize('criterion,shape,axis,labels,ignore', [o[1:] for o in dense], ids=[o[0] for o in dense])
+def test_dense(criterion, shape, axis, labels, ignore, standardize):
+    "The mean over the pixels or positions whose label the loss function does not leave out"
+    rng = np.random.default_rng(0)
+    s,t = normal(rng, (2,*shape), 3)
+    y = labelled(labels, 0 if ignore is None else ignore, rng)
+    keep = np.ones(y.size, bool) if ignore is None else y.ravel()!=ignore
+    assert ignore is None or 0<keep.sum()<y.size
+    loss,given = SoftTarget(T=3, standardize=standardize),dict(pred=s, teacher_pred=t, target=y, criterion=criterion)
+    want = np_soft_target(loss, rows(s, axis)[keep], rows(t, axis)[keep])
+    v,grads = call(loss, given, torch.float64)
+    close(v, want, 1e-9)
+    g = rows(grads[pred], axis)
+    assert not g[~keep].any() and g[keep].any(1).all()
+    for i in rng.choice(np.flatnonzero(keep), 3):                             # closed form: T(p_s-p_t)/n for each pixel
+        if not standardize: close_grad(g[i], 3*(softmax(rows(s, axis)[i]/3)-softmax(rows(t, axis)[i]/3))/keep.sum(), 1e-9)
+    close(call(loss, given, torch.float32)[0], want, 2e-5)
+    if criterion is not None and ignore is not None: criterion(torch.tensor(s), torch.tensor(y))   # the loss function reads these shapes so too
+
+def test_everything_ignored():
+    given = dict(pred=np.ones((2,3,4,4)), teacher_pred=np.zeros((2,3,4,4)), target=np.full((2,4,4), 255), criterion=nn.CrossEntropyLoss(ignore_index=255))
+    v,grads = call(SoftTarget(), given, torch.float32)
+    assert v==0 and not grads[pred].any()
+
+def test_dense_soft_labels():
+    "Labels that are probabilities ignore nothing"
+    rng = np.random.default_rng(0)
+    s,t = normal(rng, (2,2,5,4,6), 3)
+    y = np.moveaxis(rng.dirichlet(np.ones(5), (2,4,6)), -1, 1)
+    crit = nn.CrossEntropyLoss()
+    crit(torch.tensor(s), torch.tensor(y))
+    close(call(SoftTarget(), dict(pred=s, teacher_pred=t, target=y, criterion=crit), torch.float64)[0], np_soft_target(SoftTarget(), rows(s, 1), rows(t, 1)), 1e-9)
+
+# ---- what is refused, and which loss is named instead ----
+
+def z(*shape): return torch.randn(shape)
+def both(*shape): return dict(pred=z(*shape), teacher_pred=z(*shape))
+
+refused = [
+    (SoftTarget(), both(6,1), 'BinarySoftTarget'), (SoftTarget(), both(6), 'BinarySoftTarget'), (SoftTarget(), both(6), r'Logits'), (SoftTarget(), both(6,1,4,4), 'BinarySoftTarget'),
+    *[(SoftTarget(), dict(both(6,n), criterion=c), 'use Logits') for c in (MSELossFlat(),nn.L1Loss(),F.mse_loss,nn.SmoothL1Loss()) for n in (1,4)],
+    *[(SoftTarget(), dict(both(6,4), criterion=c), 'use BinarySoftTarget') for c in (BCEWithLogitsLossFlat(),nn.BCEWithLogitsLoss(),F.binary_cross_entropy_with_logits,nn.MultiLabelSoftMarginLoss())],
+    *[(BinarySoftTarget(), dict(both(6,4), criterion=c), 'use SoftTarget') for c in (CrossEntropyLossFlat(),nn.CrossEntropyLoss(),FocalLossFlat(),LabelSmoothingCrossEntropy())],
+    (BinarySoftTarget(), dict(both(6,1), criterion=MSELossFlat()), 'use Logits'),
+    *[(l, dict(pred=z(6,10), teacher_pred=z(6,7)), r'\(6, 10\).*\(6, 7\).*Frozen\(teacher, classes=') for l in (SoftTarget(),BinarySoftTarget(),Logits())],
+    (SoftTarget(), dict(pred=z(6,10,8,8), teacher_pred=z(6,10,4,4)), r'8, 8.*4, 4.*same size'), (SoftTarget(), dict(pred=z(6,10), teacher_pred=z(5,10)), r'\(6, 10\).*\(5, 10\)'),
+    (FitNet(adapter=None), dict(fm_s=dict(a=z(2,4,8,8)), fm_t=dict(a=z(2,6,8,8))), r'\(2, 4, 8, 8\).*\(2, 6, 8, 8\).*adapter'),
+    (FitNet(adapter=None), dict(fm_s=dict(a=z(2,4,8,8), b=z(2,4)), fm_t=dict(a=z(2,4,8,8))), r"pairs 2 .*'a', 'b'.* with 1 "),
+    (Attention(), dict(fm_s=dict(a=z(2,35,6)), fm_t=dict(a=z(2,6,4,4))), r'\(2, 35, 6\).*without a grid'),
+]
+@pytest.mark.parametrize('loss,given,match', refused, ids=lambda o: name(o) if isinstance(o, nn.Module) else o if isinstance(o, str) else '')
+def test_refused(loss, given, match):
+    with pytest.raises(ValueError, match=match): loss(**given)
+
+def test_refused_arguments():
+    for bad in (dict(map='mean'), dict(form='torch')):
+        with pytest.raises(ValueError, match=repr(next(iter(bad.values())))): Attention(**bad)
+    with pytest.raises(RuntimeError, match='build'): FitNet()(fm_s=dict(a=z(2,4,8,8)), fm_t=dict(a=z(2,6,8,8)))
