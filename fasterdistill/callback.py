@@ -18,6 +18,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner,ValueMetric
 from fastai.torch_core import get_model,norm_bias_params
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 from .layers import _match,describe,plain,reading,record,rng_kept,stages,tupled
@@ -161,395 +162,19 @@ class KnowledgeDistillationCallback(_Quick):
         super().__init__()
         self.teacher,self.loss = as_teacher(teacher),None if loss is None else as_loss(loss)
         self.activations_student,self.activations_teacher,self.weight,self.schedule,self.output,self.columns = activations_student,activations_teacher,weight,schedule,output,columns
-        self._s = SimpleNamespace(open=None, stack=None, parts={}, history=[], means={}, items=None, opt=None, opt_state={}, joined=False)
+        self._s = SimpleNamespace(open=None, stack=None, parts={}, history=[], means={}, items=None, opt=None, opt_state={}, joined=False, loader=(None,None))
         if isinstance(weight, (int,float)) and not 0<=weight<=1: raise ValueError(f'weight={weight!r}: expected a number from 0 to 1, the share of the distillation (the task loss has the rest); to add losses write TaskLoss() + {weight!r}*…')
         check_weight(weight)
         if schedule is not None: check_weight(schedule)
         if self.loss is not None: self._check(self.loss)
 
-    # -- what can be said before there is a batch
-    def _check(self, loss):
-        terms = self._terms(loss)
-        if any(isinstance(t.loss, TaskLoss) for t in terms):
-            if self.weight!=.5 or self.schedule is not None:
-                raise ValueError(f'the loss {loss!r} holds TaskLoss(), so it is the whole loss; weight={self.weight!r} or a schedule beside it would have no meaning: write the weights into the sum')
-        for t in terms:
-            need = sorted(t.needs & {'teacher_pred','fm_t','teacher'})
-            if self.teacher is None and need: raise ValueError(f'{t.loss!r} reads {need[0]!r}, but the teacher is None')
-            if need and need!=['teacher_pred'] and self.teacher.model is None:
-                raise ValueError(f'{t.loss!r} reads the layers of one network, which {self.teacher!r} does not have: give a single teacher')
-        maps,acts = [t for t in terms if {'fm_s','fm_t'} & t.names],(self.activations_student,self.activations_teacher)
-        if acts!=(None,None):
-            if len(maps)>1: raise ValueError(f'activations_student and activations_teacher are for one loss that reads activations; here are {len(maps)}: {", ".join(repr(t.loss) for t in maps)}. Say the layers of each with .at(student, teacher)')
-            if not maps: raise ValueError(f'activations_student or activations_teacher are given, but {loss!r} reads no activations')
-        for t in maps:
-            a,b = spec = self._spec(t)
-            if None not in spec and 'fm_t' in t.names and len(L(a))!=len(L(b)) and not any(str(o).startswith('stages') for o in [*L(a),*L(b)]): self._unequal(t, L(a), L(b))
-            if spec==(None,None) and t.needs & {'fm_s','fm_t'}:
-                raise ValueError(f'{t.loss!r} reads activations and has no layers of its own: name them with .at(student, teacher) or activations_student and activations_teacher')
-        return terms
-
-    def _spec(self, t):
-        "Which layers a term reads, as said on it, to the callback, or by its class: `(student's, teacher's)`"
-        acts = self.activations_student,self.activations_teacher
-        return t.loss._at if t.loss._at is not None else acts if acts!=(None,None) else (t.loss.layers,None)
-    @staticmethod
-    def _unequal(t, s, tt): raise ValueError(f'{t.loss!r} pairs layers, but {len(s)} of the student ({", ".join(map(repr, s))}) and {len(tt)} of the teacher ({", ".join(map(repr, tt))}) are named: give as many of each')
-    @staticmethod
-    def _terms(loss):
-        pairs = loss._terms()
-        return [_Term(w, l, n) for (w,l),n in zip(pairs, name_terms([l for _,l in pairs]), strict=True)]
-
-    def _default_loss(self, learn):
-        kind = task_kind(task_criterion(learn))
-        if kind is None: raise ValueError(f'no loss is given, and what suits the loss function {learn.loss_func!r} is not known: name one, as in KnowledgeDistillationCallback(teacher, SoftTarget())')
-        return dict(single=SoftTarget, multi=BinarySoftTarget, regression=Logits)[kind]()
-
-    # -- around a fit
-    @contextmanager
-    def _around_fit(self, learn):
-        "Everything between the start of `Learner.fit` and any way out of it"
-        s = self._s
-        if self.loss is None: self.__dict__['loss'] = self._default_loss(learn)
-        s.terms,s.learn,s.history = self._check(self.loss),learn,[]
-        s.share = weigher([o for o in (self.weight,self.schedule) if o is not None])
-        s.whole = any(isinstance(t.loss, TaskLoss) for t in s.terms)
-        s.agree = self._agreement(learn, s.terms)
-        s.means = {n: _Mean() for n in self._column_names(s)}
-        steps,grad = _LearnedParts(self),torch.is_grad_enabled()
-        def tidy():
-            self._close()
-            torch.set_grad_enabled(grad)               # an interrupt on the way out of a `no_grad` leaves it off
-            learn.remove_cb(steps)
-            learn._metrics = learn.metrics.filter(lambda m: not isinstance(m, _Column))
-        try:
-            learn._metrics = learn.metrics.filter(lambda m: not isinstance(m, _Column)) + [_Column(self, n) for n in s.means if n!='task_loss' and self.columns]
-            learn.add_cb(steps)
-            yield
-        finally:
-            try: tidy()
-            except BaseException: tidy(); raise        # a second Ctrl-C
-
-    def _column_names(self, s):
-        names = [t.name for t in s.terms] + ['agreement']*bool(s.agree)
-        for t in s.terms: names += [n if n not in names else f'{t.name}_{n}' for n in t.loss.logs]
-        return names
-
-    def _agreement(self, learn, terms):
-        "How agreement with the teacher is counted: 'argmax', 'sign', or None where no term reads its prediction or there are no classes"
-        if not any(t.reads.get('teacher_pred') for t in terms): return None
-        return dict(single='argmax', multi='sign', regression=None).get(task_kind(task_criterion(learn)), 'argmax' if any(isinstance(t.loss, SoftTarget) for t in terms) else None)
-
-    def before_train(self):
-        if self._s.open: self._join_optimizer()
-        self._s.means = {n: _Mean() for n in self._s.means}
-        if self.teacher is not None: self.teacher.reset()
-    def after_train(self):
-        s = self._s
-        if s.open: s.history.append({n: m.value() for n,m in s.means.items()})
-        self._leave_optimizer()           # between epochs a Learner is saved, exported and copied: the optimizer is the student's alone
-    def after_epoch(self): self._leave_optimizer()
-    def after_fit(self): self._leave_optimizer()
-    def after_step(self):
-        if self.teacher is not None: self.teacher.after_step(self.learn)
-
-    # -- the first batch
-    def before_batch(self):
-        s = self._s
-        if s.open is None: self._open()
-        for t in s.open.taps: t.clear(True)
-
-    def _open(self):
-        s,learn = self._s,self.learn
-        s.stack = ExitStack()
-        s.open = self._prepare(learn, s.terms, self.loss, s.stack)
-        for t in s.open.taps: s.stack.callback(t.remove); t.attach()
-        if any(isinstance(cb, LRFinder) for cb in learn.cbs):
-            kept,gens = deepcopy(self.loss.state_dict()),[(g, g.get_state()) for g in _generators(self.loss)]
-            opt,opt_state = s.opt,{p: deepcopy(st) for p,st in s.opt_state.items()}
-            def back():
-                self.loss.load_state_dict(kept); s.opt,s.opt_state = opt,opt_state
-                for g,st in gens: g.set_state(st)
-            s.stack.callback(back)
-        s.stack.callback(self._leave_optimizer)
-        self._join_optimizer()
-
-    def _prepare(self, learn, terms, loss, stack):
-        "Find layers, build learned parts and try every term on the Learner's present batch; nothing of the networks changes"
-        o = SimpleNamespace(terms=terms, taps=[])
-        student,teacher = get_model(learn.model),self.teacher
-        device = next((p.device for p in student.parameters()), torch.device('cpu'))
-        o.device,o.kind = device,task_kind(task_criterion(learn))
-        self._check_idx(learn, terms)
-        if teacher is not None:
-            for net in teacher.networks():
-                if net is student: raise ValueError('the teacher is the student itself: a network cannot teach itself this way; deepcopy an earlier state of it, or use a self-distillation loss with teacher None')
-                if (n := len({*map(id, net.parameters())} & {*map(id, student.parameters())})): raise ValueError(f'teacher and student share {n} parameters, and the teacher\'s are frozen: give the teacher a deepcopy')
-            stack.callback(teacher.close)
-            teacher.setup(learn)
-        xb = tupled(learn.xb)
-        with rng_kept(*xb), torch.no_grad():
-            names = set().union(*(t.names for t in terms))
-            o.teach = teacher is not None and any(t.needs & {'teacher_pred','fm_t'} for t in terms)
-            has = teacher is not None and teacher.model is not None
-            side_s = _Side('student', student, xb) if names & {'fm_s','fm_t'} else None
-            side_t = _Side('teacher', teacher.model, teacher.inp(*xb)) if has and 'fm_t' in names else None
-            for t in terms: self._layers_of(t, side_s, side_t)
-            tap = lambda side,k: Taps(side.model, ls, side.xb, side.rec, side.who) if side and (ls := list(dict.fromkeys(n for t in terms for n in getattr(t, k).values()))) else None
-            o.taps_s,o.taps_t = tap(side_s, 'keys_s'),tap(side_t, 'keys_t')
-            o.taps = [t for t in (o.taps_s,o.taps_t) if t]
-            o.net_s = Net(student, xb, who='student', out=partial(pick, output=self.output, who='student'), taps=o.taps_s) if 'student' in names else None
-            o.net_t = Net(teacher.model, xb, who='teacher', inp=teacher.inp, out=teacher.out, taps=o.taps_t) if has and 'teacher' in names else None
-            base = task_criterion(learn)
-            o.criterion = learn.loss_func if base is learn.loss_func else _Criterion(learn.loss_func, base)
-            o.mixer = getattr(learn.loss_func, '__self__', None) if base is not learn.loss_func else None
-            o.example = v = self._example(learn, o, xb, student)
-            for t in terms:
-                if not t.loss._built: t.loss.build(**self._given(t, v, t.builds))
-            loss.to(device)
-            o.params = self._learned(learn, loss)
-            self._try(terms, loss, v, learn)
-        o.sizes_s,o.sizes_t = ({k: describe(z, x) if isinstance(z, torch.Tensor) else None for k,z in (v.get(f) or {}).items()} for f,x in (('maps_s',xb),('maps_t',xb if teacher is None else teacher.inp(*xb))))
-        o.example,o.values = None,v.get('values', {})
-        for n in (o.net_s,o.net_t):
-            if n: n.now.xb = None
-        return o
-
-    def _check_idx(self, learn, terms):
-        if any(t.names & {'idx','n_items'} for t in terms) and not hasattr(learn.dls.train, 'get_idxs'):
-            raise ValueError(f'a loss reads which items are in the batch, which a {type(learn.dls.train).__module__} DataLoader does not tell: make the data with fastai\'s DataLoaders')
-
-    def _layers_of(self, t, side_s, side_t):
-        "Resolve a term's layers to `{key: name}` for each network"
-        loss,spec = t.loss,self._spec(t)
-        t.keys_s,t.keys_t = {},{}
-        fs,ft = 'fm_s' in t.names,'fm_t' in t.names and side_t is not None
-        if not (fs or ft) or spec==(None,None): return
-        sides = [side_s]*fs+[side_t]*ft
-        if len(sides)==1: got = _expand(spec[0] if spec[0] is not None else spec[1], sides, loss)
-        elif spec[1] is None or spec[0] is None: got = _expand(spec[0] if spec[1] is None else spec[1], sides, loss)
-        else: got = [_expand(spec[0], [side_s], loss)[0],_expand(spec[1], [side_t], loss)[0]]
-        if len(got)==2 and len(got[0])!=len(got[1]): self._unequal(t, *got)
-        if fs: t.keys_s = dict(zip(_keys(got[0]), got[0]))
-        if ft: t.keys_t = dict(zip(_keys(got[-1]), got[-1]))
-
-    def _example(self, learn, o, xb, student):
-        "What can be read, on this batch, in evaluation mode"
-        amp = _amp(o.device) or nullcontext
-        v = dict(xb=xb, criterion=o.criterion, student=o.net_s, teacher=o.net_t, epoch=0., pos=0., mix=self._mix(o), idx=torch.arange(len(xb[0]), device=o.device))
-        if any('n_items' in t.names for t in o.terms): v['n_items'] = len(learn.dls.train_ds)
-        def run(taps, f, *models):
-            with reading(*models), amp():
-                for t in taps: t.attach().clear(True)
-                try: return f(),{n: _cast(z) for t in taps for n,z in t.store.items()}
-                finally:
-                    for t in taps: t.remove()
-        raw,v['maps_s'] = run([o.taps_s] if o.taps_s else [], lambda: student(*[x.clone() for x in xb]), student)
-        v['pred'] = _cast(pick(raw, self.output, 'student'))
-        if o.teach or o.taps_t:
-            v['teacher_pred'],v['maps_t'] = run([o.taps_t] if o.taps_t else [], lambda: _cast(self._ask(xb, v)), *self.teacher.networks())
-        v['target'] = self._target(learn, v['pred'])
-        if any('task_loss' in t.names for t in o.terms):
-            bare = isinstance(raw, torch.Tensor) or any(hasattr(type(cb), 'after_pred') and not isinstance(cb, MixedPrecision) for cb in learn.cbs)
-            v['task_loss'] = plain(learn.loss_func(v['pred'] if bare else raw, *learn.yb))   # a loss function may want all of a tuple or dict, unless a callback reduces it
-        return v
-
-    def _ask(self, xb, v):
-        "The teacher's prediction; it reads by name as a loss does"
-        t = self.teacher
-        return t.forward(**{n: xb if n=='xb' else v[n] for n in t.reads})
-
-    def _given(self, t, v, names):
-        "The values a term names"
-        res = {}
-        for n,need in names.items():
-            if n=='fm_s': res[n] = {k: v['maps_s'][l] for k,l in t.keys_s.items()}
-            elif n=='fm_t':
-                if 'maps_t' in v: res[n] = {k: v['maps_t'][l] for k,l in t.keys_t.items()}
-            elif n=='student' and v[n]: res[n] = v[n].only(t.keys_s.values())
-            elif n=='teacher' and v[n]: res[n] = v[n].only(t.keys_t.values())
-            elif n=='target' and v[n] is None:
-                if need: raise ValueError(f'{t.loss!r} reads the labels, and this batch has none')
-            elif n in v: res[n] = v[n]
-        return res
-
-    def _try(self, terms, loss, v, learn):
-        "Every term once on the example: what fails, fails before anything is trained"
-        gens = [(g, g.get_state()) for g in _generators(loss)]
-        was = [(m, m.training) for m in loss.modules()]
-        buffers = [(b, b.clone()) for b in loss.buffers()]
-        try:
-            loss.eval()
-            for t in terms:
-                if len(v['xb'][0])<t.loss.min_items: continue
-                out = t.loss(**self._given(t, v, t.reads))
-                if not isinstance(out, torch.Tensor) or out.ndim: raise ValueError(f'{t.loss!r} returns {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}: expected a scalar tensor')
-                v.setdefault('values', {})[t.name] = float(out)
-        finally:
-            for m,f in was: m.training = f
-            for b,c in buffers: b.copy_(c)
-            for g,st in gens: g.set_state(st)
-            for t in terms: t.loss._logged.clear()
-
-    def _learned(self, learn, loss):
-        mine = {id(p) for p in learn.model.parameters()}
-        return [p for p in loss.parameters() if p.requires_grad and id(p) not in mine]
-
-    # -- learned parts in the optimizer
-    def _join_optimizer(self):
-        "Learned parameters go into the last parameter group, whose list is extended in place: schedules have fixed the number of groups by now"
-        s,opt,params = self._s,self._s.learn.opt,self._s.open.params
-        self.loss.train()
-        if not params or s.items is not None: return
-        group = opt.param_lists[-1]
-        going_on = s.joined or s.opt is opt and any(st.keys()-{'do_wd','force_train'} for st in _states(opt)[-1].values())   # freeze() clears what the optimizer knows
-        kept,no_wd = s.opt_state if going_on else {},set() if s.learn.wd_bn_bias else {id(p) for p in norm_bias_params(self.loss, True)}
-        s.opt,s.joined,s.items = opt,True,group.items if isinstance(group, L) else group
-        s.items.extend(params)
-        for p in params:
-            for state,old in zip(_states(opt), kept.get(p, ({},{}))):
-                if old: state[p] = old
-            opt.state.setdefault(p, {})
-            if id(p) in no_wd: opt.state[p]['do_wd'] = False
-
-    def _leave_optimizer(self):
-        s = self._s
-        if self.loss is not None: self.loss.eval()
-        if s.items is None: return
-        ours = {id(p) for p in s.open.params}
-        s.items[:] = [p for p in s.items if id(p) not in ours]
-        s.opt_state = {p: tuple(state.pop(p, {}) for state in _states(s.opt)) for p in s.open.params}
-        s.items = None
-
-    # -- every batch
-    def after_loss(self):
-        s,learn = self._s,self.learn
-        o,pos,epoch = s.open,float(learn.pct_train),learn.epoch+learn.iter/learn.n_iter
-        task = plain(learn.loss_grad)
-        share,n = None if s.whole else s.share(pos, epoch),len(learn.xb[0])
-        if share==0: return
-        terms = [(t,w) for t in s.terms if (w := t.weight(pos, epoch))!=0 and n>=t.loss.min_items]
-        amp = _amp(o.device)
-        v = self._values(o, learn, task, pos, epoch, amp, terms)
-        total = None
-        with torch.autocast(o.device.type, enabled=False) if amp else nullcontext():
-            for t,w in terms:
-                x = t.loss(**self._given(t, v, t.reads))
-                self._note(t, x)
-                x = x if w==1 else x*w
-                total = x if total is None else total+x
-            if s.agree: self._note_agreement(o, v)
-        if total is None: total = task*0 if s.whole else task
-        elif not s.whole: total = task.lerp(total, share)
-        learn.loss_grad = total
-
-    def _values(self, o, learn, task, pos, epoch, amp, terms):
-        "What the terms of this batch read"
-        used = {n for t,_ in terms for n in t.reads}
-        v = dict(xb=tuple(plain(x) for x in learn.xb), criterion=o.criterion, epoch=epoch, pos=pos, task_loss=task, student=o.net_s, teacher=o.net_t)
-        if 'pred' in used or self._s.agree: v['pred'] = _cast(learn.pred if isinstance(learn.pred, torch.Tensor) else pick(learn.pred, self.output, 'student'))
-        if 'target' in used: v['target'] = self._target(learn, v.get('pred'))
-        if 'mix' in used: v['mix'] = self._mix(o)
-        if 'idx' in used or (self.teacher is not None and 'idx' in self.teacher.reads): v['idx'] = self._idx(learn, o, len(v['xb'][0]))
-        if 'n_items' in used: v['n_items'] = len(learn.dls.train_ds)
-        if any(t.reads.get('teacher_pred') or t.reads.get('fm_t') for t,_ in terms):
-            with torch.no_grad(): v['teacher_pred'] = _cast(self._ask(v['xb'], v))
-            if o.taps_t: v['maps_t'] = {n: _cast(o.taps_t[n]) for n in o.taps_t.layers}
-        if o.taps_s: v['maps_s'] = {n: _cast(o.taps_s[n]) for n in o.taps_s.layers}
-        for net in (o.net_s,o.net_t):
-            if net: net.now.xb,net.now.around = v['xb'],amp or nullcontext
-        return v
-
-    def _target(self, learn, pred):
-        "The first target; integer labels as int64, a column of them flattened"
-        if not len(learn.yb): return None
-        y = plain(learn.yb[0])
-        if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.dtype!=torch.bool:
-            if y.ndim==2 and y.shape[1]==1 and isinstance(pred, torch.Tensor) and pred.ndim==2 and pred.shape[1]>1: y = y[:,0]
-            y = y.long()
-        return y
-
-    def _mix(self, o):
-        m = o.mixer
-        return None if m is None or not getattr(m, 'yb1', None) else (plain(m.yb1[0]),m.lam)
-
-    def _idx(self, learn, o, n):
-        i = learn.iter*learn.dl.bs
-        return torch.as_tensor(self._s.idxs[i:i+n], device=o.device)
-
-    def _note(self, t, x):
-        s = self._s
-        x = x.detach()
-        s.parts[t.name] = x; s.means[t.name].add(x)
-        if t.loss._logged:
-            for n,val in t.loss._logged.items(): s.means[n if n in s.means else f'{t.name}_{n}'].add(val); s.parts[n] = val
-            t.loss._logged.clear()
-
-    def _note_agreement(self, o, v):
-        t = v.get('teacher_pred')
-        if t is None or o.mixer is not None: return
-        p = v['pred'].detach()
-        if self._s.agree=='sign': a = (p>0)==(t>0)
-        else:
-            axis = class_axis(p, criterion=o.criterion)
-            a = p.argmax(axis)==t.argmax(axis)
-        a = a.float().mean()
-        self._s.parts['agreement'] = a; self._s.means['agreement'].add(a)
-
-    def after_batch(self):
-        o = self._s.open
-        if o is None: return
-        for t in o.taps: t.clear()
-        for n in (o.net_s,o.net_t):
-            if n: n.now.xb,n.now.around = None,nullcontext
-
-    def _close(self):
-        "Leave everything as it was; safe to call at any time, and more than once"
-        s = self._s
-        if s.stack is None: return
-        try: s.stack.close()
-        finally:                                                     # and what an interrupt within opening or closing has left
-            self._leave_optimizer()
-            for p in s.open.params if s.open else (): p.grad = None
-            nets = [s.learn.model]
-            if self.teacher is not None: self.teacher.close(); nets += self.teacher.networks()
-            unhook(*nets)
-            s.stack,s.open,s.joined = None,None,False
-
-    def plan(self,
-        learn=None, # The Learner; the one the callback is on by default
-    ):
-        "What a fit would do, tried on one batch: pairs of layers, shapes, learned parts, the value of each loss. Nothing is changed, no random number is drawn"
-        learn = learn or self.learn
-        if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
-        if self.loss is None: loss = self._default_loss(learn)
-        else: loss = deepcopy(self.loss)
-        dl,was = learn.dls.train,{k: vars(learn).get(k) for k in ('xb','yb')}
-        rng = getattr(dl, 'rng', None); state = rng.getstate() if rng is not None else None
-        homes = [(n, next((p.device for p in n.parameters()), None)) for n in (self.teacher.networks() if self.teacher is not None else ())]
-        try:
-            with rng_kept(next(learn.model.parameters(), None)), ExitStack() as stack:
-                learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))))
-                terms = self._check(loss)
-                return Plan(self, learn, loss, terms, self._prepare(learn, terms, loss, stack))
-        finally:
-            for n,d in homes: n.to(d) if d is not None else None
-            for k,v in was.items(): vars(learn).pop(k, None) if v is None else setattr(learn, k, v)
-            if rng is not None: dl.rng = rng; rng.setstate(state)
-
-    # -- what a user reads
-    @property
-    def parts(self): "The value of each loss on the last batch, as numbers"; return {n: float(v) for n,v in self._s.parts.items()}
-    @property
-    def history(self): "The mean of each loss for each epoch of the last fit, a list of dicts"; return list(self._s.history)
+    # a Learner leaves the callback behind when it is pickled, so that it loads where this package is not
     def __repr__(self): return f'KnowledgeDistillationCallback({self.teacher!r}, {self.loss!r})'
-
-    # -- copies and pickles: a Learner leaves the callback behind, so that it loads where this package is not
     def __reduce__(self): return Callback,()
     def __deepcopy__(self, memo):
         res = type(self).__new__(type(self)); memo[id(self)] = res
         s,mine = self._s,self.learn is not None and self.learn.opt is self._s.opt      # a copy of the Learner goes on where it was
-        fresh = SimpleNamespace(open=None, stack=None, parts=dict(s.parts), history=list(s.history), means={}, items=None, joined=False,
+        fresh = SimpleNamespace(open=None, stack=None, parts=dict(s.parts), history=list(s.history), means={}, items=None, joined=False, loader=(None,None),
                                 opt=deepcopy(s.opt, memo) if mine else None, opt_state={deepcopy(p, memo): deepcopy(st, memo) for p,st in s.opt_state.items()} if mine else {})
         for k,v in vars(self).items(): res.__dict__[k] = fresh if k=='_s' else v if k=='teacher' else deepcopy(v, memo)
         return res
@@ -567,6 +192,415 @@ class _Column(ValueMetric):
 def _generators(loss): return [g for m in loss.modules() for g in vars(m).values() if isinstance(g, torch.Generator)]
 
 # %% ../nbs/05_callback.ipynb #c009
+@patch
+def _check(self:KnowledgeDistillationCallback, loss):
+    terms = _terms(loss)
+    if any(isinstance(t.loss, TaskLoss) for t in terms):
+        if self.weight!=.5 or self.schedule is not None:
+            raise ValueError(f'the loss {loss!r} holds TaskLoss(), so it is the whole loss; weight={self.weight!r} or a schedule beside it would have no meaning: write the weights into the sum')
+    for t in terms:
+        need = sorted(t.needs & {'teacher_pred','fm_t','teacher'})
+        if self.teacher is None and need: raise ValueError(f'{t.loss!r} reads {need[0]!r}, but the teacher is None')
+        if need and need!=['teacher_pred'] and self.teacher.model is None:
+            raise ValueError(f'{t.loss!r} reads the layers of one network, which {self.teacher!r} does not have: give a single teacher')
+    maps,acts = [t for t in terms if {'fm_s','fm_t'} & t.names],(self.activations_student,self.activations_teacher)
+    if acts!=(None,None):
+        if len(maps)>1: raise ValueError(f'activations_student and activations_teacher are for one loss that reads activations; here are {len(maps)}: {", ".join(repr(t.loss) for t in maps)}. Say the layers of each with .at(student, teacher)')
+        if not maps: raise ValueError(f'activations_student or activations_teacher are given, but {loss!r} reads no activations')
+    for t in maps:
+        a,b = spec = self._spec(t)
+        if None not in spec and 'fm_t' in t.names and len(L(a))!=len(L(b)) and not any(str(o).startswith('stages') for o in [*L(a),*L(b)]): _unequal(t, L(a), L(b))
+        if spec==(None,None) and t.needs & {'fm_s','fm_t'}:
+            raise ValueError(f'{t.loss!r} reads activations and has no layers of its own: name them with .at(student, teacher) or activations_student and activations_teacher')
+    return terms
+
+@patch
+def _spec(self:KnowledgeDistillationCallback, t):
+    "Which layers a term reads, as said on it, to the callback, or by its class: `(student's, teacher's)`"
+    acts = self.activations_student,self.activations_teacher
+    return t.loss._at if t.loss._at is not None else acts if acts!=(None,None) else (t.loss.layers,None)
+def _unequal(t, s, tt): raise ValueError(f'{t.loss!r} pairs layers, but {len(s)} of the student ({", ".join(map(repr, s))}) and {len(tt)} of the teacher ({", ".join(map(repr, tt))}) are named: give as many of each')
+def _terms(loss):
+    pairs = loss._terms()
+    return [_Term(w, l, n) for (w,l),n in zip(pairs, name_terms([l for _,l in pairs]), strict=True)]
+
+@patch
+def _default_loss(self:KnowledgeDistillationCallback, learn):
+    kind = task_kind(task_criterion(learn))
+    if kind is None: raise ValueError(f'no loss is given, and what suits the loss function {learn.loss_func!r} is not known: name one, as in KnowledgeDistillationCallback(teacher, SoftTarget())')
+    return dict(single=SoftTarget, multi=BinarySoftTarget, regression=Logits)[kind]()
+
+# %% ../nbs/05_callback.ipynb #c011
+@patch
+@contextmanager
+def _around_fit(self:KnowledgeDistillationCallback, learn):
+    "Everything between the start of `Learner.fit` and any way out of it"
+    s = self._s
+    if self.loss is None: self.__dict__['loss'] = self._default_loss(learn)
+    s.terms,s.learn,s.history = self._check(self.loss),learn,[]
+    s.share = weigher([o for o in (self.weight,self.schedule) if o is not None])
+    s.whole = any(isinstance(t.loss, TaskLoss) for t in s.terms)
+    s.agree = self._agreement(learn, s.terms)
+    s.means = {n: _Mean() for n in self._column_names(s)}
+    steps,grad = _LearnedParts(self),torch.is_grad_enabled()
+    def tidy():
+        self._close()
+        torch.set_grad_enabled(grad)               # an interrupt on the way out of a `no_grad` leaves it off
+        learn.remove_cb(steps)
+        learn._metrics = learn.metrics.filter(lambda m: not isinstance(m, _Column))
+    try:
+        learn._metrics = learn.metrics.filter(lambda m: not isinstance(m, _Column)) + [_Column(self, n) for n in s.means if n!='task_loss' and self.columns]
+        learn.add_cb(steps)
+        yield
+    finally:
+        try: tidy()
+        except BaseException: tidy(); raise        # a second Ctrl-C
+
+@patch
+def _column_names(self:KnowledgeDistillationCallback, s):
+    names = [t.name for t in s.terms] + ['agreement']*bool(s.agree)
+    for t in s.terms: names += [n if n not in names else f'{t.name}_{n}' for n in t.loss.logs]
+    return names
+
+@patch
+def _agreement(self:KnowledgeDistillationCallback, learn, terms):
+    "How agreement with the teacher is counted: 'argmax', 'sign', or None where no term reads its prediction or there are no classes"
+    if not any(t.reads.get('teacher_pred') for t in terms): return None
+    return dict(single='argmax', multi='sign', regression=None).get(task_kind(task_criterion(learn)), 'argmax' if any(isinstance(t.loss, SoftTarget) for t in terms) else None)
+
+@patch
+def before_train(self:KnowledgeDistillationCallback):
+    if self._s.open: self._join_optimizer()
+    self._s.means = {n: _Mean() for n in self._s.means}
+    if self.teacher is not None: self.teacher.reset()
+@patch
+def after_train(self:KnowledgeDistillationCallback):
+    s = self._s
+    if s.open: s.history.append({n: m.value() for n,m in s.means.items()})
+    self._leave_optimizer()           # between epochs a Learner is saved, exported and copied: the optimizer is the student's alone
+@patch
+def after_epoch(self:KnowledgeDistillationCallback): self._leave_optimizer()
+@patch
+def after_fit(self:KnowledgeDistillationCallback): self._leave_optimizer()
+@patch
+def after_step(self:KnowledgeDistillationCallback):
+    if self.teacher is not None: self.teacher.after_step(self.learn)
+
+# %% ../nbs/05_callback.ipynb #c013
+@patch
+def before_batch(self:KnowledgeDistillationCallback):
+    s = self._s
+    if s.open is None: self._open()
+    for t in s.open.taps: t.clear(True)
+
+@patch
+def _open(self:KnowledgeDistillationCallback):
+    s,learn = self._s,self.learn
+    s.stack = ExitStack()
+    s.open = self._prepare(learn, s.terms, self.loss, s.stack)
+    for t in s.open.taps: s.stack.callback(t.remove); t.attach()
+    if any(isinstance(cb, LRFinder) for cb in learn.cbs):
+        kept,gens = deepcopy(self.loss.state_dict()),[(g, g.get_state()) for g in _generators(self.loss)]
+        opt,opt_state = s.opt,{p: deepcopy(st) for p,st in s.opt_state.items()}
+        def back():
+            self.loss.load_state_dict(kept); s.opt,s.opt_state = opt,opt_state
+            for g,st in gens: g.set_state(st)
+        s.stack.callback(back)
+    s.stack.callback(self._leave_optimizer)
+    self._join_optimizer()
+
+@patch
+def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
+    "Find layers, build learned parts and try every term on the Learner's present batch; nothing of the networks changes"
+    o = SimpleNamespace(terms=terms, taps=[])
+    student,teacher = get_model(learn.model),self.teacher
+    device = next((p.device for p in student.parameters()), torch.device('cpu'))
+    o.device,o.kind = device,task_kind(task_criterion(learn))
+    self._check_idx(learn, terms)
+    if teacher is not None:
+        for net in teacher.networks():
+            if net is student: raise ValueError('the teacher is the student itself: a network cannot teach itself this way; deepcopy an earlier state of it, or use a self-distillation loss with teacher None')
+            if (n := len({*map(id, net.parameters())} & {*map(id, student.parameters())})): raise ValueError(f'teacher and student share {n} parameters, and the teacher\'s are frozen: give the teacher a deepcopy')
+        stack.callback(teacher.close)
+        teacher.setup(learn)
+    xb = tupled(learn.xb)
+    with rng_kept(*xb), torch.no_grad():
+        names = set().union(*(t.names for t in terms))
+        o.teach = teacher is not None and any(t.needs & {'teacher_pred','fm_t'} for t in terms)
+        has = teacher is not None and teacher.model is not None
+        side_s = _Side('student', student, xb) if names & {'fm_s','fm_t'} else None
+        side_t = _Side('teacher', teacher.model, teacher.inp(*xb)) if has and 'fm_t' in names else None
+        for t in terms: self._layers_of(t, side_s, side_t)
+        tap = lambda side,k: Taps(side.model, ls, side.xb, side.rec, side.who) if side and (ls := list(dict.fromkeys(n for t in terms for n in getattr(t, k).values()))) else None
+        o.taps_s,o.taps_t = tap(side_s, 'keys_s'),tap(side_t, 'keys_t')
+        o.taps = [t for t in (o.taps_s,o.taps_t) if t]
+        o.net_s = Net(student, xb, who='student', out=partial(pick, output=self.output, who='student'), taps=o.taps_s) if 'student' in names else None
+        o.net_t = Net(teacher.model, xb, who='teacher', inp=teacher.inp, out=teacher.out, taps=o.taps_t) if has and 'teacher' in names else None
+        base = task_criterion(learn)
+        o.criterion = learn.loss_func if base is learn.loss_func else _Criterion(learn.loss_func, base)
+        o.mixer = getattr(learn.loss_func, '__self__', None) if base is not learn.loss_func else None
+        o.example = v = self._example(learn, o, xb, student)
+        for t in terms:
+            if not t.loss._built: t.loss.build(**self._given(t, v, t.builds))
+        loss.to(device)
+        o.params = self._learned(learn, loss)
+        self._try(terms, loss, v, learn)
+    o.sizes_s,o.sizes_t = ({k: describe(z, x) if isinstance(z, torch.Tensor) else None for k,z in (v.get(f) or {}).items()} for f,x in (('maps_s',xb),('maps_t',xb if teacher is None else teacher.inp(*xb))))
+    o.example,o.values = None,v.get('values', {})
+    for n in (o.net_s,o.net_t):
+        if n: n.now.xb = None
+    return o
+
+@patch
+def _check_idx(self:KnowledgeDistillationCallback, learn, terms):
+    if any(t.names & {'idx','n_items'} for t in terms) and not hasattr(learn.dls.train, 'get_idxs'):
+        raise ValueError(f'a loss reads which items are in the batch, which a {type(learn.dls.train).__module__} DataLoader does not tell: make the data with fastai\'s DataLoaders')
+
+@patch
+def _layers_of(self:KnowledgeDistillationCallback, t, side_s, side_t):
+    "Resolve a term's layers to `{key: name}` for each network"
+    loss,spec = t.loss,self._spec(t)
+    t.keys_s,t.keys_t = {},{}
+    fs,ft = 'fm_s' in t.names,'fm_t' in t.names and side_t is not None
+    if not (fs or ft) or spec==(None,None): return
+    sides = [side_s]*fs+[side_t]*ft
+    if len(sides)==1: got = _expand(spec[0] if spec[0] is not None else spec[1], sides, loss)
+    elif spec[1] is None or spec[0] is None: got = _expand(spec[0] if spec[1] is None else spec[1], sides, loss)
+    else: got = [_expand(spec[0], [side_s], loss)[0],_expand(spec[1], [side_t], loss)[0]]
+    if len(got)==2 and len(got[0])!=len(got[1]): _unequal(t, *got)
+    if fs: t.keys_s = dict(zip(_keys(got[0]), got[0]))
+    if ft: t.keys_t = dict(zip(_keys(got[-1]), got[-1]))
+
+@patch
+def _example(self:KnowledgeDistillationCallback, learn, o, xb, student):
+    "What can be read, on this batch, in evaluation mode"
+    amp = _amp(o.device) or nullcontext
+    v = dict(xb=xb, criterion=o.criterion, student=o.net_s, teacher=o.net_t, epoch=0., pos=0., mix=self._mix(o), idx=torch.arange(len(xb[0]), device=o.device))
+    if any('n_items' in t.names for t in o.terms): v['n_items'] = len(learn.dls.train_ds)
+    def run(taps, f, *models):
+        with reading(*models), amp():
+            for t in taps: t.attach().clear(True)
+            try: return f(),{n: _cast(z) for t in taps for n,z in t.store.items()}
+            finally:
+                for t in taps: t.remove()
+    raw,v['maps_s'] = run([o.taps_s] if o.taps_s else [], lambda: student(*[x.clone() for x in xb]), student)
+    v['pred'] = _cast(pick(raw, self.output, 'student'))
+    if o.teach or o.taps_t:
+        v['teacher_pred'],v['maps_t'] = run([o.taps_t] if o.taps_t else [], lambda: _cast(self._ask(xb, v)), *self.teacher.networks())
+    v['target'] = self._target(learn, v['pred'])
+    if any('task_loss' in t.names for t in o.terms):
+        bare = isinstance(raw, torch.Tensor) or any(hasattr(type(cb), 'after_pred') and not isinstance(cb, MixedPrecision) for cb in learn.cbs)
+        v['task_loss'] = plain(learn.loss_func(v['pred'] if bare else raw, *learn.yb))   # a loss function may want all of a tuple or dict, unless a callback reduces it
+    return v
+
+@patch
+def _ask(self:KnowledgeDistillationCallback, xb, v):
+    "The teacher's prediction; it reads by name as a loss does"
+    t = self.teacher
+    return t.forward(**{n: xb if n=='xb' else v[n] for n in t.reads})
+
+@patch
+def _given(self:KnowledgeDistillationCallback, t, v, names):
+    "The values a term names"
+    res = {}
+    for n,need in names.items():
+        if n=='fm_s': res[n] = {k: v['maps_s'][l] for k,l in t.keys_s.items()}
+        elif n=='fm_t':
+            if 'maps_t' in v: res[n] = {k: v['maps_t'][l] for k,l in t.keys_t.items()}
+        elif n=='student' and v[n]: res[n] = v[n].only(t.keys_s.values())
+        elif n=='teacher' and v[n]: res[n] = v[n].only(t.keys_t.values())
+        elif n=='target' and v[n] is None:
+            if need: raise ValueError(f'{t.loss!r} reads the labels, and this batch has none')
+        elif n in v: res[n] = v[n]
+    return res
+
+@patch
+def _try(self:KnowledgeDistillationCallback, terms, loss, v, learn):
+    "Every term once on the example: what fails, fails before anything is trained"
+    gens = [(g, g.get_state()) for g in _generators(loss)]
+    was = [(m, m.training) for m in loss.modules()]
+    buffers = [(b, b.clone()) for b in loss.buffers()]
+    try:
+        loss.eval()
+        for t in terms:
+            if len(v['xb'][0])<t.loss.min_items: continue
+            out = t.loss(**self._given(t, v, t.reads))
+            if not isinstance(out, torch.Tensor) or out.ndim: raise ValueError(f'{t.loss!r} returns {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}: expected a scalar tensor')
+            v.setdefault('values', {})[t.name] = float(out)
+    finally:
+        for m,f in was: m.training = f
+        for b,c in buffers: b.copy_(c)
+        for g,st in gens: g.set_state(st)
+        for t in terms: t.loss._logged.clear()
+
+@patch
+def _learned(self:KnowledgeDistillationCallback, learn, loss):
+    mine = {id(p) for p in learn.model.parameters()}
+    return [p for p in loss.parameters() if p.requires_grad and id(p) not in mine]
+
+# %% ../nbs/05_callback.ipynb #c015
+@patch
+def _join_optimizer(self:KnowledgeDistillationCallback):
+    "Learned parameters go into the last parameter group, whose list is extended in place: schedules have fixed the number of groups by now"
+    s,opt,params = self._s,self._s.learn.opt,self._s.open.params
+    self.loss.train()
+    if not params or s.items is not None: return
+    group = opt.param_lists[-1]
+    going_on = s.joined or s.opt is opt and any(st.keys()-{'do_wd','force_train'} for st in _states(opt)[-1].values())   # freeze() clears what the optimizer knows
+    kept,no_wd = s.opt_state if going_on else {},set() if s.learn.wd_bn_bias else {id(p) for p in norm_bias_params(self.loss, True)}
+    s.opt,s.joined,s.items = opt,True,group.items if isinstance(group, L) else group
+    s.items.extend(params)
+    for p in params:
+        for state,old in zip(_states(opt), kept.get(p, ({},{}))):
+            if old: state[p] = old
+        opt.state.setdefault(p, {})
+        if id(p) in no_wd: opt.state[p]['do_wd'] = False
+
+@patch
+def _leave_optimizer(self:KnowledgeDistillationCallback):
+    s = self._s
+    if self.loss is not None: self.loss.eval()
+    if s.items is None: return
+    ours = {id(p) for p in s.open.params}
+    s.items[:] = [p for p in s.items if id(p) not in ours]
+    s.opt_state = {p: tuple(state.pop(p, {}) for state in _states(s.opt)) for p in s.open.params}
+    s.items = None
+
+# %% ../nbs/05_callback.ipynb #c017
+@patch
+def after_loss(self:KnowledgeDistillationCallback):
+    s,learn = self._s,self.learn
+    o,pos,epoch = s.open,float(learn.pct_train),learn.epoch+learn.iter/learn.n_iter
+    task = plain(learn.loss_grad)
+    share,n = None if s.whole else s.share(pos, epoch),len(learn.xb[0])
+    if share==0: return
+    terms = [(t,w) for t in s.terms if (w := t.weight(pos, epoch))!=0 and n>=t.loss.min_items]
+    amp = _amp(o.device)
+    v = self._values(o, learn, task, pos, epoch, amp, terms)
+    total = None
+    with torch.autocast(o.device.type, enabled=False) if amp else nullcontext():
+        for t,w in terms:
+            x = t.loss(**self._given(t, v, t.reads))
+            self._note(t, x)
+            x = x if w==1 else x*w
+            total = x if total is None else total+x
+        if s.agree: self._note_agreement(o, v)
+    if total is None: total = task*0 if s.whole else task
+    elif not s.whole: total = task.lerp(total, share)
+    learn.loss_grad = total
+
+@patch
+def _values(self:KnowledgeDistillationCallback, o, learn, task, pos, epoch, amp, terms):
+    "What the terms of this batch read"
+    used = {n for t,_ in terms for n in t.reads}
+    v = dict(xb=tuple(plain(x) for x in learn.xb), criterion=o.criterion, epoch=epoch, pos=pos, task_loss=task, student=o.net_s, teacher=o.net_t)
+    if 'pred' in used or self._s.agree: v['pred'] = _cast(learn.pred if isinstance(learn.pred, torch.Tensor) else pick(learn.pred, self.output, 'student'))
+    if 'target' in used: v['target'] = self._target(learn, v.get('pred'))
+    if 'mix' in used: v['mix'] = self._mix(o)
+    if 'idx' in used or (self.teacher is not None and 'idx' in self.teacher.reads): v['idx'] = self._idx(learn, o, len(v['xb'][0]))
+    if 'n_items' in used: v['n_items'] = len(learn.dls.train_ds)
+    if any(t.reads.get('teacher_pred') or t.reads.get('fm_t') for t,_ in terms):
+        with torch.no_grad(): v['teacher_pred'] = _cast(self._ask(v['xb'], v))
+        if o.taps_t: v['maps_t'] = {n: _cast(o.taps_t[n]) for n in o.taps_t.layers}
+    if o.taps_s: v['maps_s'] = {n: _cast(o.taps_s[n]) for n in o.taps_s.layers}
+    for net in (o.net_s,o.net_t):
+        if net: net.now.xb,net.now.around = v['xb'],amp or nullcontext
+    return v
+
+@patch
+def _target(self:KnowledgeDistillationCallback, learn, pred):
+    "The first target; integer labels as int64, a column of them flattened"
+    if not len(learn.yb): return None
+    y = plain(learn.yb[0])
+    if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.dtype!=torch.bool:
+        if y.ndim==2 and y.shape[1]==1 and isinstance(pred, torch.Tensor) and pred.ndim==2 and pred.shape[1]>1: y = y[:,0]
+        y = y.long()
+    return y
+
+@patch
+def _mix(self:KnowledgeDistillationCallback, o):
+    m = o.mixer
+    return None if m is None or not getattr(m, 'yb1', None) else (plain(m.yb1[0]),m.lam)
+
+@patch
+def _idx(self:KnowledgeDistillationCallback, learn, o, n):
+    i = learn.iter*learn.dl.bs
+    return torch.as_tensor(self._s.idxs[i:i+n], device=o.device)
+
+@patch
+def _note(self:KnowledgeDistillationCallback, t, x):
+    s = self._s
+    x = x.detach()
+    s.parts[t.name] = x; s.means[t.name].add(x)
+    if t.loss._logged:
+        for n,val in t.loss._logged.items(): s.means[n if n in s.means else f'{t.name}_{n}'].add(val); s.parts[n] = val
+        t.loss._logged.clear()
+
+@patch
+def _note_agreement(self:KnowledgeDistillationCallback, o, v):
+    t = v.get('teacher_pred')
+    if t is None or o.mixer is not None: return
+    p = v['pred'].detach()
+    if self._s.agree=='sign': a = (p>0)==(t>0)
+    else:
+        axis = class_axis(p, criterion=o.criterion)
+        a = p.argmax(axis)==t.argmax(axis)
+    a = a.float().mean()
+    self._s.parts['agreement'] = a; self._s.means['agreement'].add(a)
+
+@patch
+def after_batch(self:KnowledgeDistillationCallback):
+    o = self._s.open
+    if o is None: return
+    for t in o.taps: t.clear()
+    for n in (o.net_s,o.net_t):
+        if n: n.now.xb,n.now.around = None,nullcontext
+
+# %% ../nbs/05_callback.ipynb #c019
+@patch
+def _close(self:KnowledgeDistillationCallback):
+    "Leave everything as it was; safe to call at any time, and more than once"
+    s = self._s
+    if s.stack is None: return
+    try: s.stack.close()
+    finally:                                                     # and what an interrupt within opening or closing has left
+        self._leave_optimizer()
+        for p in s.open.params if s.open else (): p.grad = None
+        nets = [s.learn.model]
+        if self.teacher is not None: self.teacher.close(); nets += self.teacher.networks()
+        unhook(*nets)
+        s.stack,s.open,s.joined = None,None,False
+
+# %% ../nbs/05_callback.ipynb #c021
+@patch
+def plan(self:KnowledgeDistillationCallback,
+    learn=None, # The Learner; the one the callback is on by default
+):
+    "What a fit would do, tried on one batch: pairs of layers, shapes, learned parts, the value of each loss. Nothing is changed, no random number is drawn"
+    learn = learn or self.learn
+    if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
+    if self.loss is None: loss = self._default_loss(learn)
+    else: loss = deepcopy(self.loss)
+    dl,was = learn.dls.train,{k: vars(learn).get(k) for k in ('xb','yb')}
+    rng = getattr(dl, 'rng', None); state = rng.getstate() if rng is not None else None
+    homes = [(n, next((p.device for p in n.parameters()), None)) for n in (self.teacher.networks() if self.teacher is not None else ())]
+    try:
+        with rng_kept(next(learn.model.parameters(), None)), ExitStack() as stack:
+            learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))))
+            terms = self._check(loss)
+            return Plan(self, learn, loss, terms, self._prepare(learn, terms, loss, stack))
+    finally:
+        for n,d in homes: n.to(d) if d is not None else None
+        for k,v in was.items(): vars(learn).pop(k, None) if v is None else setattr(learn, k, v)
+        if rng is not None: dl.rng = rng; rng.setstate(state)
+
+# %% ../nbs/05_callback.ipynb #c023
+@patch(as_prop=True)
+def parts(self:KnowledgeDistillationCallback): "The value of each loss on the last batch, as numbers"; return {n: float(v) for n,v in self._s.parts.items()}
+@patch(as_prop=True)
+def history(self:KnowledgeDistillationCallback): "The mean of each loss for each epoch of the last fit, a list of dicts"; return list(self._s.history)
+
+# %% ../nbs/05_callback.ipynb #c025
 class _LearnedParts(_Quick):
     order,run_valid = GradientClip.order+1,False
     def __init__(self, kd): super().__init__(); self.__dict__['kd'] = kd
@@ -574,10 +608,14 @@ class _LearnedParts(_Quick):
         s,dl = self.kd._s,self.learn.dls.train
         names = set().union(*(t.names for t in s.terms), self.kd.teacher.reads if self.kd.teacher is not None else ())
         if 'idx' not in names or not hasattr(dl, 'get_idxs'): return
-        own = dl.get_idxs
+        own,s.loader = dl.get_idxs,(dl,vars(dl).get('get_idxs'))
         def get_idxs(): s.idxs = list(own()); return s.idxs
         dl.get_idxs = get_idxs
-    def after_train(self): vars(self.learn.dls.train).pop('get_idxs', None)
+    def after_train(self): self.give_back()
+    def give_back(self):
+        "The loader's own order of items"
+        (dl,own),self.kd._s.loader = self.kd._s.loader,(None,None)
+        if dl is not None: vars(dl).pop('get_idxs', None) if own is None else setattr(dl, 'get_idxs', own)
     def before_step(self):
         o = self.kd._s.open
         if o is None or not o.params: return
@@ -586,7 +624,7 @@ class _LearnedParts(_Quick):
     def __reduce__(self): return Callback,()
     def __deepcopy__(self, memo): return Callback()
 
-# %% ../nbs/05_callback.ipynb #c011
+# %% ../nbs/05_callback.ipynb #c027
 def _wrap_fit(fit):
     @wraps(fit)
     def distilling_fit(self, *args, **kwargs):
