@@ -7,23 +7,29 @@ READY   = $(VENV)/.ready
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo install test test-all lint prepare readme
+.PHONY: demo install test test-all lint run prepare readme
 
 demo: $(READY)
 	$(BIN)/fasterdistill_demo
 
 test: export MPLBACKEND = agg
 test: lint
-	$(BIN)/nbdev-test --n-workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
 	$(BIN)/pytest tests -m 'not slow' --durations 10
 
 test-all: export MPLBACKEND = agg
 test-all: lint
-	$(BIN)/nbdev-test --n-workers 2 --timing --flags slow
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing --flags slow
 	$(BIN)/pytest tests --durations 10
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+# Run every notebook, or NB=nbs/02_loss.ipynb, and keep what it shows
+run: export MPLBACKEND =
+run: $(READY)
+	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/nbdev-test $(NB) --save --n-workers 2
+	$(BIN)/nbdev-clean
 
 # Before every commit
 prepare: $(READY)
