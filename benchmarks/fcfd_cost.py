@@ -113,7 +113,7 @@ def report(name, full, suffix, ops, times):
 legend = """Both losses stand beside `TaskLoss()` in the same Learner and callback. *FCFD(paths=0)* has the bridges and compares the maps, without a mixed path; *FCFD()* takes the six possible draws of two paths in turn.
 A path is a word over the student `s` and the teacher `t`, a letter for each part: up to the end of stage 1, stage 2, stage 3, and the head.
 *suffix*: forward operations after the switch, by `torch.utils.flop_counter` (convolutions and matrix products; a multiplication and its addition are two). Columns *GFLOP* count a step's forward and backward passes.
-*extra*: what a path adds to *FCFD(paths=0)*, as a part of a SoftTarget step; that from FLOPs holds its suffix forward and backward, a bridge from teacher to student where it needs one, and the gradient it asks of what was there already.
+*extra*: what a path adds to *FCFD(paths=0)*, as a part of a SoftTarget step; that from FLOPs holds its suffix forward and backward, and the bridge from teacher to student where it needs one.
 Times: median over rounds of ratios of epochs close in time, the middle half in brackets."""
 
 @call_parse

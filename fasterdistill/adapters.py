@@ -44,16 +44,20 @@ def regressor(s, t, xb=None):
 
 # %% ../nbs/03_adapters.ipynb #c011
 class Bridge(nn.Module):
-    "From network `a`'s activation to network `b`'s, in `b`'s own layout; both need rows and columns (`ValueError`)"
+    "From network `a`'s activation to network `b`'s, in `b`'s own layout; both need rows and columns, or neither (`ValueError`)"
     def __init__(self, a, b, xb=None):
         super().__init__()
         self.a,self.b = describe(a, xb),describe(b, xb)
+        act = [nn.LeakyReLU(.1)] if b.min()>=0 else []
+        self.vectors = self.a is not None and self.b is not None and self.a.layout==self.b.layout=='BC'
+        if self.vectors: self.layers = nn.Sequential(nn.Linear(self.a.channels, self.b.channels), *act); return
         if any(o is None or len(o.size)!=2 for o in (self.a,self.b)): raise ValueError(f'no bridge between activations of shape {tuple(a.shape)} and {tuple(b.shape)}: both need rows and columns')
         conv,*resize = _between(self.a, self.b, 3, True)
         if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-        self.layers = nn.Sequential(conv, *resize, nn.BatchNorm2d(self.b.channels), *([nn.LeakyReLU(.1)] if b.min()>=0 else []))
+        self.layers = nn.Sequential(conv, *resize, nn.BatchNorm2d(self.b.channels), *act)
         self.prefix = nn.Linear(self.a.channels, self.b.channels) if self.a.prefix and self.b.prefix else None
     def forward(self, z):
+        if self.vectors: return self.layers(z)
         m = self.layers(to_map(z, self.a))
         if self.prefix is None: return from_map(m, self.b)
         p,n = self.prefix(z[:,:self.a.prefix]),self.b.prefix

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/90_all.ipynb #c003
 from .adapters import *
 from .callback import *
+from .checkpoint import *
 from .layers import *
 from .loss import *
 from .net import *

@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/05_callback.ipynb #c002
-import inspect,re
+import inspect,re,weakref
 from contextlib import ExitStack,contextmanager,nullcontext
 from copy import deepcopy
 from functools import partial,wraps
@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientClip
-from fastai.learner import Learner,ValueMetric
+from fastai.learner import Learner,Recorder,ValueMetric
 from fastai.torch_core import get_model,norm_bias_params
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -109,9 +109,9 @@ class Plan:
         self.loss,self.kind,self.rows,self.learned = repr(loss),o.kind,[],_count(o.params)
         for t in terms:
             w = '*'.join(map(str, t.ws)) or '1'
-            ks,kt = list(t.keys_s),list(t.keys_t)
-            show = lambda k,sizes,keys: f'{k} {_shape(sizes.get(keys[k]))}'
-            pairs = [' → '.join(([show(ks[i], o.sizes_s, t.keys_s)] if i<len(ks) else []) + ([show(kt[i], o.sizes_t, t.keys_t)] if i<len(kt) else [])) for i in range(max(len(ks), len(kt)))]
+            show = lambda k,name,sizes,taps: f'{k}{_meant(name, taps)} {_shape(sizes.get(name))}'
+            sides = [[show(k, n, o.sizes_s, o.taps_s) for k,n in t.keys_s.items()],[show(k, n, o.sizes_t, o.taps_t) for k,n in t.keys_t.items()]]
+            pairs = [' → '.join(p) for p in zip(*filter(None, sides), strict=True)]
             self.rows.append(dict(weight=w, loss=repr(t.loss), reads=', '.join(t.reads), value=o.values.get(t.name), learned=_count(p for p in t.loss.parameters() if p.requires_grad), layers=pairs,
                                   first=t.weight(0., 0.)))
         self.advice = self._advise(terms, o)
@@ -138,6 +138,11 @@ class Plan:
         for c,r in zip(cells, self.rows): lines += [row(c),*(' '*(wide[0]+4)+p for p in r['layers'])]
         return '\n'.join(lines + ['']*bool(self.advice) + [f'! {a}' for a in self.advice])
 
+def _meant(name, taps):
+    "The module behind an alias, for tables"
+    l = taps.layers[name]
+    return '' if not l.name or name.startswith(l.name) else f' ({l.name}{":in"*(l.kind=="in")})'
+
 def _shape(st): return '?' if st is None else f"({', '.join(map(str, (st.channels,*st.size) if st.layout=='NCHW' else (*st.size,st.channels) if st.layout!='BLC' else (st.size[0]*(st.size+(1,))[1]+st.prefix,st.channels)))})"
 
 class _Quick(Callback):
@@ -162,7 +167,7 @@ class KnowledgeDistillationCallback(_Quick):
         super().__init__()
         self.teacher,self.loss = as_teacher(teacher),None if loss is None else as_loss(loss)
         self.activations_student,self.activations_teacher,self.weight,self.schedule,self.output,self.columns = activations_student,activations_teacher,weight,schedule,output,columns
-        self._s = SimpleNamespace(open=None, stack=None, parts={}, history=[], means={}, items=None, opt=None, opt_state={}, joined=False, loader=(None,None))
+        self._s = SimpleNamespace(open=None, stack=None, parts={}, history=[], means={}, items=None, opt=None, opt_state={}, joined=False, loader=(None,None), pending=None, picked=False)
         if isinstance(weight, (int,float)) and not 0<=weight<=1: raise ValueError(f'weight={weight!r}: expected a number from 0 to 1, the share of the distillation (the task loss has the rest); to add losses write TaskLoss() + {weight!r}*…')
         check_weight(weight)
         if schedule is not None: check_weight(schedule)
@@ -174,7 +179,7 @@ class KnowledgeDistillationCallback(_Quick):
     def __deepcopy__(self, memo):
         res = type(self).__new__(type(self)); memo[id(self)] = res
         s,mine = self._s,self.learn is not None and self.learn.opt is self._s.opt      # a copy of the Learner goes on where it was
-        fresh = SimpleNamespace(open=None, stack=None, parts=dict(s.parts), history=list(s.history), means={}, items=None, joined=False, loader=(None,None),
+        fresh = SimpleNamespace(open=None, stack=None, parts=dict(s.parts), history=list(s.history), means={}, items=None, joined=False, loader=(None,None), pending=s.pending, picked=s.picked,
                                 opt=deepcopy(s.opt, memo) if mine else None, opt_state={deepcopy(p, memo): deepcopy(st, memo) for p,st in s.opt_state.items()} if mine else {})
         for k,v in vars(self).items(): res.__dict__[k] = fresh if k=='_s' else v if k=='teacher' else deepcopy(v, memo)
         return res
@@ -225,6 +230,23 @@ def _terms(loss):
     return [_Term(w, l, n) for (w,l),n in zip(pairs, name_terms([l for _,l in pairs]), strict=True)]
 
 @patch
+def _share(self:KnowledgeDistillationCallback):
+    "The weight of the distillation as a function of `pos` and `epoch`; `ValueError` if it leaves 0 to 1"
+    f = weigher([o for o in (self.weight,self.schedule) if o is not None])
+    for pos in (0.,.25,.5,.75,1.):
+        if not 0<=(w := f(pos, 0.))<=1: raise ValueError(f'weight={self.weight!r}, schedule={self.schedule!r}: the share of the distillation is {w:.4g} at pos={pos}; expected 0 to 1')
+    return f
+
+@patch
+def _learns_for(self:KnowledgeDistillationCallback, loss, student, teacher):
+    "`ValueError` for a loss whose parts learned with other networks: they would carry over without a word"
+    if next(loss.parameters(), None) is None: return
+    if loss._for is None: loss._for = weakref.ref(student),None if teacher is None else weakref.ref(teacher)
+    was = [r and r() for r in loss._for]
+    for who,a,b in (('student',was[0],student),('teacher',was[1],teacher)):
+        if a is not b: raise ValueError(f'{loss!r} has learned parts that were trained with another {who}: make a new loss for this one')
+
+@patch
 def _default_loss(self:KnowledgeDistillationCallback, learn):
     kind = task_kind(task_criterion(learn))
     if kind is None: raise ValueError(f'no loss is given, and what suits the loss function {learn.loss_func!r} is not known: name one, as in KnowledgeDistillationCallback(teacher, SoftTarget())')
@@ -236,9 +258,11 @@ def _default_loss(self:KnowledgeDistillationCallback, learn):
 def _around_fit(self:KnowledgeDistillationCallback, learn):
     "Everything between the start of `Learner.fit` and any way out of it"
     s = self._s
-    if self.loss is None: self.__dict__['loss'] = self._default_loss(learn)
-    s.terms,s.learn,s.history = self._check(self.loss),learn,[]
-    s.share = weigher([o for o in (self.weight,self.schedule) if o is not None])
+    if self.loss is None or s.picked:              # the one that suits this Learner's task
+        s.picked,suits = True,self._default_loss(learn)
+        if type(suits) is not type(self.loss): self.__dict__['loss'] = suits
+    s.terms,s.learn,s.history,s.parts = self._check(self.loss),learn,[],{}
+    s.share = self._share()
     s.whole = any(isinstance(t.loss, TaskLoss) for t in s.terms)
     s.agree = self._agreement(learn, s.terms)
     s.means = {n: _Mean() for n in self._column_names(s)}
@@ -298,6 +322,7 @@ def _open(self:KnowledgeDistillationCallback):
     s,learn = self._s,self.learn
     s.stack = ExitStack()
     s.open = self._prepare(learn, s.terms, self.loss, s.stack)
+    self._go_on()
     for t in s.open.taps: s.stack.callback(t.remove); t.attach()
     if any(isinstance(cb, LRFinder) for cb in learn.cbs):
         kept,gens = deepcopy(self.loss.state_dict()),[(g, g.get_state()) for g in _generators(self.loss)]
@@ -317,6 +342,7 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
     device = next((p.device for p in student.parameters()), torch.device('cpu'))
     o.device,o.kind = device,task_kind(task_criterion(learn))
     self._check_idx(learn, terms)
+    if not len(learn.yb) and any(getattr(cb, 'train_metrics', False) for cb in learn.cbs if isinstance(cb, Recorder)): raise ValueError('Recorder(train_metrics=True) asks for metrics of the training data, which has no labels')
     if teacher is not None:
         for net in teacher.networks():
             if net is student: raise ValueError('the teacher is the student itself: a network cannot teach itself this way; deepcopy an earlier state of it, or use a self-distillation loss with teacher None')
@@ -342,6 +368,7 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
         o.example = v = self._example(learn, o, xb, student)
         for t in terms:
             if not t.loss._built: t.loss.build(**self._given(t, v, t.builds))
+            self._learns_for(t.loss, student, teacher.model if has else None)
         loss.to(device)
         o.params = self._learned(learn, loss)
         self._try(terms, loss, v, learn)
@@ -390,7 +417,7 @@ def _example(self:KnowledgeDistillationCallback, learn, o, xb, student):
     v['target'] = self._target(learn, v['pred'])
     if any('task_loss' in t.names for t in o.terms):
         bare = isinstance(raw, torch.Tensor) or any(hasattr(type(cb), 'after_pred') and not isinstance(cb, MixedPrecision) for cb in learn.cbs)
-        v['task_loss'] = plain(learn.loss_func(v['pred'] if bare else raw, *learn.yb))   # a loss function may want all of a tuple or dict, unless a callback reduces it
+        v['task_loss'] = plain(learn.loss_func(v['pred'] if bare else raw, *learn.yb)) if len(learn.yb) else self._no_task(learn, v['pred'])   # a loss function may want all of a tuple or dict, unless a callback reduces it
     return v
 
 @patch
@@ -426,6 +453,9 @@ def _try(self:KnowledgeDistillationCallback, terms, loss, v, learn):
             if len(v['xb'][0])<t.loss.min_items: continue
             out = t.loss(**self._given(t, v, t.reads))
             if not isinstance(out, torch.Tensor) or out.ndim: raise ValueError(f'{t.loss!r} returns {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}: expected a scalar tensor')
+            if not out.isfinite():
+                odd = [n for n in ('pred','teacher_pred') if isinstance(v.get(n), torch.Tensor) and not v[n].isfinite().all()]
+                raise ValueError(f'{t.loss!r} is {float(out)} on the first batch' + (f': {" and ".join(dict(pred="the student", teacher_pred="the teacher")[n] for n in odd)} predicts values that are not finite' if odd else ''))
             v.setdefault('values', {})[t.name] = float(out)
     finally:
         for m,f in was: m.training = f
@@ -454,6 +484,7 @@ def _join_optimizer(self:KnowledgeDistillationCallback):
         for state,old in zip(_states(opt), kept.get(p, ({},{}))):
             if old: state[p] = old
         opt.state.setdefault(p, {})
+        if p.grad is None and opt.state[p].keys()-{'do_wd','force_train'} and not hasattr(opt, 'opt'): p.grad = torch.zeros_like(p)   # as fastai leaves one that has been stepped
         if id(p) in no_wd: opt.state[p]['do_wd'] = False
 
 @patch
@@ -467,13 +498,67 @@ def _leave_optimizer(self:KnowledgeDistillationCallback):
     s.items = None
 
 # %% ../nbs/05_callback.ipynb #c017
+def _same_shapes(what, kept, here):
+    "`ValueError` unless two state dicts have the same names and shapes"
+    size = lambda d,k: 'missing' if k not in d else str(tuple(getattr(d[k], 'shape', ())))
+    if (bad := [k for k in {**kept, **here} if size(kept, k)!=size(here, k)]):
+        raise ValueError(f'{what} does not fit: {len(bad)} entries differ, the first is {bad[0]!r}, {size(kept, bad[0])} in the file and {size(here, bad[0])} here')
+
+def _grads(ps): "Gradients that are there: one of zeros (True) is stepped too, and one that is missing (None) is not"; return [None if p.grad is None else p.grad if p.grad.any() else True for p in ps]
+def _set_grads(ps, gs):
+    for p,g in zip(ps, gs, strict=True): p.grad = torch.zeros_like(p) if g is True else None if g is None else g.to(p.device)
+
+_place = re.compile(' at 0x[0-9a-f]+')
+
+@patch
+def state_dict(self:KnowledgeDistillationCallback):
+    "What a fit that goes on needs of the losses; the student and the teacher are not in it"
+    if self.loss is None: return dict(loss=None)
+    return dict(loss=_place.sub('', repr(self.loss)), learned=dict(self.loss.state_dict()), opt=[self._s.opt_state.get(p) for p in self.loss.parameters()],
+                draws=[g.get_state() for g in _generators(self.loss)], grads=_grads(self.loss.parameters()), history=list(self._s.history))
+
+@patch
+def load_state_dict(self:KnowledgeDistillationCallback, state):
+    "Go on from what `state_dict` returned, when the next fit sees its first batch; `ValueError` if that was another loss"
+    if self.loss is not None and state['loss'] not in (None,(mine := _place.sub('', repr(self.loss)))): raise ValueError(f'the file is of the loss {state["loss"]}, here it is {mine}: going on needs the same')
+    self._s.pending,self._s.history = state,list(state.get('history', ()))
+
+@patch
+def _go_on(self:KnowledgeDistillationCallback):
+    "Fill learned parts, just made, with those of a file"
+    s = self._s
+    st,s.pending = s.pending,None
+    if st is None or st['loss'] is None: return
+    _same_shapes(f'what {self.loss!r} learned', st['learned'], self.loss.state_dict())
+    self.loss.load_state_dict(st['learned'])
+    for g,o in zip(_generators(self.loss), st['draws'], strict=True): g.set_state(o)
+    _set_grads(self.loss.parameters(), st['grads'])
+    there = lambda p,d: {k: v.to(p.device) if isinstance(v, torch.Tensor) and v.shape==p.shape else v for k,v in d.items()}
+    s.opt,s.opt_state = s.learn.opt,{p: tuple(there(p, d) for d in o) for p,o in zip(self.loss.parameters(), st['opt'], strict=True) if o}
+
+# %% ../nbs/05_callback.ipynb #c019
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
+    learn = self.learn
+    if len(learn.yb): return self._distil()
+    learn.loss_grad = self._no_task(learn, learn.pred)           # data without labels: fastai has computed no loss, and takes no step where there is no target
+    self._distil()
+    learn.loss,learn.yb = learn.loss_grad.detach().clone(),(torch.zeros(len(learn.xb[0]), device=self._s.open.device),)
+
+@patch
+def _no_task(self:KnowledgeDistillationCallback, learn, pred):
+    "A task loss of 0 that one can go back from"
+    return _cast(pred if isinstance(pred, torch.Tensor) else pick(pred, self.output, 'student')).sum()*0
+
+@patch
+def _distil(self:KnowledgeDistillationCallback):
     s,learn = self._s,self.learn
     o,pos,epoch = s.open,float(learn.pct_train),learn.epoch+learn.iter/learn.n_iter
     task = plain(learn.loss_grad)
     share,n = None if s.whole else s.share(pos, epoch),len(learn.xb[0])
     if share==0: return
+    if share is not None and not 0<share<=1: raise ValueError(f'the weight of the distillation is {share:.4g} at pos={pos:.3f}, epoch {epoch:.2f}: expected 0 to 1')
+    s.parts = {}
     terms = [(t,w) for t in s.terms if (w := t.weight(pos, epoch))!=0 and n>=t.loss.min_items]
     amp = _amp(o.device)
     v = self._values(o, learn, task, pos, epoch, amp, terms)
@@ -556,7 +641,7 @@ def after_batch(self:KnowledgeDistillationCallback):
     for n in (o.net_s,o.net_t):
         if n: n.now.xb,n.now.around = None,nullcontext
 
-# %% ../nbs/05_callback.ipynb #c019
+# %% ../nbs/05_callback.ipynb #c021
 @patch
 def _close(self:KnowledgeDistillationCallback):
     "Leave everything as it was; safe to call at any time, and more than once"
@@ -569,9 +654,9 @@ def _close(self:KnowledgeDistillationCallback):
         nets = [s.learn.model]
         if self.teacher is not None: self.teacher.close(); nets += self.teacher.networks()
         unhook(*nets)
-        s.stack,s.open,s.joined = None,None,False
+        s.stack,s.open,s.joined,s.learn = None,None,False,None
 
-# %% ../nbs/05_callback.ipynb #c021
+# %% ../nbs/05_callback.ipynb #c023
 @patch
 def plan(self:KnowledgeDistillationCallback,
     learn=None, # The Learner; the one the callback is on by default
@@ -579,7 +664,7 @@ def plan(self:KnowledgeDistillationCallback,
     "What a fit would do, tried on one batch: pairs of layers, shapes, learned parts, the value of each loss. Nothing is changed, no random number is drawn"
     learn = learn or self.learn
     if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
-    if self.loss is None: loss = self._default_loss(learn)
+    if self.loss is None or self._s.picked: loss = self._default_loss(learn)
     else: loss = deepcopy(self.loss)
     dl,was = learn.dls.train,{k: vars(learn).get(k) for k in ('xb','yb')}
     rng = getattr(dl, 'rng', None); state = rng.getstate() if rng is not None else None
@@ -594,13 +679,13 @@ def plan(self:KnowledgeDistillationCallback,
         for k,v in was.items(): vars(learn).pop(k, None) if v is None else setattr(learn, k, v)
         if rng is not None: dl.rng = rng; rng.setstate(state)
 
-# %% ../nbs/05_callback.ipynb #c023
+# %% ../nbs/05_callback.ipynb #c025
 @patch(as_prop=True)
 def parts(self:KnowledgeDistillationCallback): "The value of each loss on the last batch, as numbers"; return {n: float(v) for n,v in self._s.parts.items()}
 @patch(as_prop=True)
 def history(self:KnowledgeDistillationCallback): "The mean of each loss for each epoch of the last fit, a list of dicts"; return list(self._s.history)
 
-# %% ../nbs/05_callback.ipynb #c025
+# %% ../nbs/05_callback.ipynb #c027
 class _LearnedParts(_Quick):
     order,run_valid = GradientClip.order+1,False
     def __init__(self, kd): super().__init__(); self.__dict__['kd'] = kd
@@ -624,7 +709,7 @@ class _LearnedParts(_Quick):
     def __reduce__(self): return Callback,()
     def __deepcopy__(self, memo): return Callback()
 
-# %% ../nbs/05_callback.ipynb #c027
+# %% ../nbs/05_callback.ipynb #c029
 def _wrap_fit(fit):
     @wraps(fit)
     def distilling_fit(self, *args, **kwargs):

@@ -143,7 +143,7 @@ def describe(z, x=None, name='', nhwc=None):
         if nhwc is None: nhwc = not _fits(s[2],s[3],hw) and _fits(s[1],s[2],hw)
         return Stage(name, s[3], s[1:3], 'NHWC') if nhwc else Stage(name, s[1], s[2:4], 'NCHW')
     if len(s)==3:
-        g = _grid(s[1], hw)
+        g = _grid(s[1], hw) if hw or x is None else None              # where no picture went in (text, a table) a sequence is one
         return Stage(name, s[2], g[:2], 'BLC', g[2]) if g else Stage(name, s[2], (s[1],), 'BLC')
     if len(s)==2: return Stage(name, s[1], (), 'BC')
 
@@ -286,8 +286,9 @@ def _nearest(name, names, n=3):
     hits = difflib.get_close_matches(name, list(tails), n, .5) or difflib.get_close_matches(name.split('.')[-1], list(tails), n, .5)
     return list(dict.fromkeys(tails[h] for h in hits))
 
-def _unknown(name, model, who):
+def _unknown(name, model, who, n_stages=0):
     names = [n for n,_ in model.named_modules() if n]
+    if (m := re.match(r'^stage(\d+)$', name)): return ValueError(f"the {who} ({type(model).__name__}) has no {name!r}: it has {n_stages} stages, 'stage1' to 'stage{n_stages}'" if n_stages else f"the {who} ({type(model).__name__}) has no stages: it returns no maps or tokens on the way; name its layers")
     near = _nearest(name, names) or [n for n,_ in model.named_children()][:5]
     return ValueError(f"the {who} ({type(model).__name__}) has no layer {name!r}; nearest: {', '.join(map(repr, near)) or 'none, it has no named layers'}")
 
@@ -305,7 +306,7 @@ def find_layer(model, name, x=None, rec=None, who='network'):
     else:
         rec = _need(model, x, rec, name, who)
         alias = _alias(model, path, x, rec)
-        if alias is None: raise _unknown(name, model, who)
+        if alias is None: raise _unknown(name, model, who, len(stages(model, rec.xb if x is None else x, rec)) if path.startswith('stage') else 0)
         if alias.kind=='in' and kind!='out': raise ValueError(f"{path!r} is an input already: write it without ':{kind}'")
         path,n,item = alias.name,alias.n,item or alias.item
         kind = alias.kind if kind=='out' else kind

@@ -66,7 +66,8 @@ class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
     _readers,_also = frozenset(('forward','build')),{}
     def __pre_init__(self, *args, **kwargs):
         nn.Module.__init__(self)
-        self.__dict__.update(_args=(args,kwargs), _at=None, _built=False, _logged={})
+        self.__dict__.update(_args=(args,kwargs), _at=None, _built=False, _for=None, _logged={})   # `_for`: the networks it learned with, weakly
+    def __getstate__(self): return {**self.__dict__, '_for': None}
     def __init__(self): pass
 
     def build(self):
@@ -83,7 +84,10 @@ class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
         student,      # Layer or list of layers of the student
         teacher=None, # The teacher's, as many; the same names if left out
     ):
-        "A copy that reads these layers"
+        "A copy that reads these layers. `TypeError` for what names no layer, `ValueError` where parts were learned for other layers already"
+        for o in (student,teacher):
+            if o is not None and (not o or any(not isinstance(n, str) for n in ([o] if isinstance(o, (str,int)) else o))): raise TypeError(f'{type(self).__name__}().at({o!r}): expected the name of a layer, or a list of names')
+        if self._built: raise ValueError(f'{self!r} has learned parts for its layers already: make a new one for others')
         res = copy(self)
         for k in ('_parameters','_buffers','_modules'): res.__dict__[k] = copy(self.__dict__[k])
         res.__dict__.update(_at=(student,teacher), _logged={})
@@ -173,7 +177,7 @@ def check_weight(w):
         return w
     if isinstance(w, torch.Tensor) and w.ndim==0: return w.item()
     if callable(w) and not isinstance(w, nn.Module) and _weight_name(w): return w
-    raise TypeError(f'{w!r} cannot weigh a loss: expected a number or a function of one parameter, named `pos` or `epoch`')
+    raise TypeError(f'{w!r} cannot weigh a loss: expected a number or a function of one parameter, named `pos` or `epoch`, such as ramp(20)')
 
 def _weight_name(f):
     try: ps = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD)]
@@ -278,7 +282,7 @@ def ignored_label(criterion):
 
 def check_T(T):
     "`ValueError` unless `T` is a temperature: a positive number"
-    if not T>0: raise ValueError(f'T={T!r}: a temperature is a positive number')
+    if not isinstance(T, (int,float)) or not T>0: raise ValueError(f'T={T!r}: a temperature is a positive number')
 
 def same_classes(pred, teacher_pred, axis=1):
     "`ValueError` unless student and teacher have as many classes"

@@ -204,8 +204,7 @@ class Net:
         if cut.reason: raise ValueError(cut.reason)
         if z.ndim!=len(cut.info.shape): raise ValueError(f'{layer!r} of the {self.who} returns {("B",)+cut.info.shape[1:]}: it cannot be resumed from {tuple(z.shape)}')
         def run():
-            amp = torch.is_autocast_enabled(z.device.type) if z.device.type!='cpu' else torch.is_autocast_enabled('cpu')
-            return self._resumed(cut, z if amp else z.to(cut.info.dtype))
+            return self._resumed(cut, z if torch.is_autocast_enabled(z.device.type) else z.to(cut.info.dtype))
         return self._pass(run, bn, cut.ran)
 
     def _resumed(self, cut, z):
@@ -260,4 +259,4 @@ class Net:
         return cut
 
 def _same(xb): return [o.clone() for o in xb]
-def _flip(xb): return [o.flip(list(range(o.ndim))) for o in xb]
+def _flip(xb): return [o.flip(list(range(o.ndim)) if o.is_floating_point() else [0]) for o in xb]     # the columns of a table have categories of their own

@@ -15,14 +15,14 @@ from fastai.learner import Learner,load_learner
 from fastai.torch_core import get_model
 from torch import nn
 from .layers import plain,tupled
-from .loss import class_axis,task_kind
+from .loss import DistillLoss,class_axis,task_kind
 
 # %% ../nbs/04_teachers.ipynb #c005
 class Teacher:
     "What teaches and does not learn. `forward` reads by name (`xb`, `idx`, …) and returns the prediction; `model` is the network whose layers can be read, or None"
     model = None
     def setup(self, learn): "Get ready to teach `learn`'s model: called when a fit sees its first batch"
-    def close(self): "Leave the user's networks as they were; called by any way out of a fit, and more than once"
+    def close(self): "Leave the user's networks as they were (but on the Learner's device); called by any way out of a fit, and more than once"
     def reset(self): "Forget hidden states between epochs, where there are any"
     def after_step(self, learn): "Called after each step of the optimizer"
     def networks(self): "The networks that teach"; return [] if self.model is None else [self.model]
@@ -76,7 +76,9 @@ class Frozen(Teacher):
         output=None,         # Where its prediction is in a tuple or dict: a position, a key or a function
         probabilities=False, # Whether it returns probabilities, not logits
     ):
-        if isinstance(model, (str,Path)): model = load_learner(model)
+        if isinstance(model, (str,Path)):
+            if not Path(model).exists(): raise FileNotFoundError(f'there is no file {str(model)!r}: a teacher given by name is the path of an exported Learner')
+            model = load_learner(model)
         self.learner = model if isinstance(model, Learner) else None
         self.model = get_model(model.model if self.learner is not None else model)
         if not isinstance(self.model, nn.Module): raise TypeError(f'Frozen({type(model).__name__}): expected a module, a Learner or the path of an exported one')
@@ -203,7 +205,9 @@ class Called(Teacher):
     "A function of the inputs as a teacher"
     def __init__(self, f): self.f = f
     def __repr__(self): return f'Called({getattr(self.f, "__name__", type(self.f).__name__)})'
-    def forward(self, xb): return self.f(*xb)
+    def forward(self, xb):
+        try: return self.f(*xb)
+        except Exception as e: raise ValueError(f'the teacher {self!r} is a function of the inputs and failed on them ({type(e).__name__}: {e}); if it makes a network, give what it makes') from e
 
 def as_teacher(o):
     "`o` as a `Teacher`: a module, a Learner, the path of an exported Learner, a function of the inputs, a list of these, a `Teacher` already, or None; `TypeError` otherwise"
@@ -211,5 +215,7 @@ def as_teacher(o):
     if isinstance(o, (nn.Module,Learner,str,Path)): return Frozen(o)
     if isinstance(o, (list,tuple)): return Ensemble(o)
     if isinstance(o, type) and issubclass(o, (nn.Module,Teacher)): raise TypeError(f'the teacher is the class {o.__name__}: expected a trained network, so an instance of it')
+    if isinstance(o, DistillLoss): raise TypeError(f'{o!r} is a loss, not a teacher: the teacher comes first, KnowledgeDistillationCallback(teacher, loss)')
+    if isinstance(o, dict): raise TypeError(f'a {type(o).__name__} of {len(o)} entries cannot teach; if it holds weights, load them into a network first')
     if callable(o): return Called(o)
-    raise TypeError(f'{o!r} cannot teach: expected a module, a Learner, the path of an exported Learner, a function, a list of these, or None')
+    raise TypeError(f'{repr(o)[:80]} cannot teach: expected a module, a Learner, the path of an exported Learner, a function, a list of these, or None')

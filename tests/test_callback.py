@@ -382,12 +382,12 @@ def distilled(t, **kwargs): return KD(t, TaskLoss()+SoftTarget()+FitNet()+Watch(
 def test_an_exception_at_every_event(teacher, exc):
     teacher.layer1.eval(); teacher.fc.weight.requires_grad_(False)      # what was so stays so
     flags,modes,was = [p.requires_grad for p in teacher.parameters()],[m.training for m in teacher.modules()],state(teacher)
-    dls,cb,ends = get_dls(64, 32),distilled(teacher),{}
-    learner(dls=dls).fit(1, cbs=cb)
+    dls,cb,ends,student = get_dls(64, 32),distilled(teacher),{},net()
+    learner(student, dls).fit(1, cbs=cb)
     def boom(l): raise exc('boom')
     for order in (1,70):
         for e in positions:
-            learn = learner(dls=dls, cbs=cb)
+            learn = learner(student, dls, cbs=cb)
             try: learn.fit(2, cbs=At(e, boom, order, skip=1 if e.endswith(('batch','step','loss','pred')) else 0))
             except BaseException as ex: ends[e] = type(ex)       # a misplaced Cancel is an error of fastai's
             assert set(left(learn, teacher)) <= {'teacher flags','teacher mode'}, (e,order)
@@ -395,7 +395,7 @@ def test_an_exception_at_every_event(teacher, exc):
             assert not any(p.grad is not None for p in cb.loss.parameters()) and not cb.loss.training
     assert_same(was, state(teacher))
     if exc in (RuntimeError,KeyboardInterrupt): assert ends==dict.fromkeys(positions, exc)
-    learn = learner(dls=dls, cbs=cb); learn.fit(1); assert np.isfinite(learn.recorder.values[-1]).all()     # and all goes on
+    learn = learner(student, dls, cbs=cb); learn.fit(1); assert np.isfinite(learn.recorder.values[-1]).all()     # and all goes on
 
 @pytest.mark.parametrize('exc', [RuntimeError,KeyboardInterrupt])
 @pytest.mark.parametrize('where', ['student','teacher','loss','task loss','data','build','a hook of the user\'s'])
@@ -750,3 +750,35 @@ def test_no_labels(teacher):
     dl = DataLoader([(x,) for x in X[:64]], bs=32, device=torch.device('cpu'))
     learn = learner(dls=DataLoaders(dl, dl), metrics=[], loss_func=lambda p,*y: p.pow(2).mean())
     with pytest.raises(ValueError, match=r'Labels\(\) reads the labels, and this batch has none'): learn.fit(1, cbs=KD(teacher, TaskLoss()+Labels()))
+
+def test_learned_parts_stay_with_their_networks(teacher):
+    "A loss that learned with one student (or teacher) does not go on with another without a word; one without learned parts may"
+    cb = KD(teacher, TaskLoss()+FitNet()); learner(cbs=cb).fit(1)
+    with pytest.raises(ValueError, match=r'FitNet\(\) has learned parts that were trained with another student'): learner(cbs=cb).fit(1)
+    loss,student = TaskLoss()+FitNet(),net(); learner(student, cbs=KD(teacher, loss)).fit(1)
+    with pytest.raises(ValueError, match='with another teacher'): learner(student, cbs=KD(copy.deepcopy(teacher), loss)).fit(1)
+    with pytest.raises(ValueError, match='learned parts for its layers already'): loss.losses[1].at('layer1')
+    cb = KD(teacher, TaskLoss()+SoftTarget()); learner(cbs=cb).fit(1); learner(cbs=cb).fit(1)
+
+def test_the_loss_that_suits_is_chosen_for_each_learner(teacher):
+    cb = KD(teacher); learner(cbs=cb).fit(1); assert isinstance(cb.loss, SoftTarget)
+    dls = get_dls()
+    class Hot(nn.MSELoss):
+        def forward(self, p, y): return super().forward(p, F.one_hot(y, p.shape[1]).float())
+    learner(dls=dls, loss_func=Hot(), metrics=[], cbs=cb).fit(1); assert isinstance(cb.loss, Logits)
+
+@pytest.mark.parametrize('kwargs', [dict(weight=SchedLin(0, 5)),dict(weight=.5, schedule=lambda pos: 3*pos)])
+def test_a_weight_that_leaves_0_to_1(teacher, kwargs):
+    learn = learner(cbs=KD(teacher, SoftTarget(), **kwargs)); was = state(learn.model)
+    with pytest.raises(ValueError, match='expected 0 to 1'): learn.fit(1)
+    assert_same(state(learn.model), was)
+
+def test_a_teacher_that_is_not_finite(teacher):
+    with torch.no_grad(): teacher.fc.bias[0] = float('nan')
+    learn = learner(cbs=KD(teacher, SoftTarget())); was = state(learn.model)
+    with pytest.raises(ValueError, match='the teacher predicts values that are not finite'): learn.fit(1)
+    assert_same(state(learn.model), was)
+
+def test_parts_are_those_of_the_last_batch(teacher):
+    cb = KD(teacher, TaskLoss()+steps({0:1, 1:0})*FitNet()); learner(cbs=cb).fit(2)
+    assert set(cb.parts)=={'task_loss'} and cb.history[0]['fit_net'] is not None and cb.history[1]['fit_net'] is None

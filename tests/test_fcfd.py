@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
 from torch import nn
 
 from common import KD,get_dls,learner,left,net,seed,state,assert_same
@@ -16,6 +17,7 @@ from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.net import Net,Taps
 
+timm = pytest.importorskip('timm')
 vectors = Path(__file__).parent/'vectors'
 
 # -- the authors' numbers
@@ -216,9 +218,9 @@ class BF16(Callback):
 def test_under_autocast():
     seen = []
     class Spy(FCFD):
-        def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, epoch=0.):
+        def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest):
             seen.extend(o.dtype for o in [*fm_t,*bridged,*[m for ms in mixed for m in ms],pred,teacher_pred,*mixed_preds])
-            return super().loss(fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, epoch)
+            return super().loss(fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest)
     cb = KD(net(6, s=2), TaskLoss()+Spy(paths=4)); learn = learner(net(4, s=1), cbs=[cb,BF16()])
     learn.fit(2)
     assert set(seen)=={torch.float32}
@@ -235,9 +237,16 @@ def test_says_why_a_network_cannot_be_cut():
     with pytest.raises(ValueError, match='needs two pairs'): learner(net(), cbs=KD(net(), TaskLoss()+FCFD().at('layer3'))).fit(1)
     with pytest.raises(ValueError, match="expected one of 'both'"): FCFD(direction='up')
 
+def test_tokens_of_oblong_pictures():
+    "ViT to ViT on 64×32 pictures: 4×2 patches, which no square grid fits"
+    t,s = (timm.create_model('vit_tiny_patch16_224', num_classes=10, img_size=(64,32), depth=4, embed_dim=d, num_heads=3) for d in (48,24))
+    x,y = torch.randn(8,3,64,32),torch.arange(8)
+    dls = DataLoaders.from_dsets(list(zip(x,y)), list(zip(x,y)), bs=4, device='cpu', num_workers=0)
+    cb = KD(t, TaskLoss()+FCFD()); learner(s, dls, loss_func=nn.CrossEntropyLoss(), cbs=cb).fit(1, 1e-3)
+    assert np.isfinite(cb.history[-1]['fcfd'])
+
 # -- the zoo
 
-timm = pytest.importorskip('timm')
 def _m(name, **k): return timm.create_model(name, num_classes=10, **k)
 _small = dict(
     resnet=lambda: _m('resnet10t'), resnet18=lambda: _m('resnet18'), mobilenet=lambda: _m('mobilenetv3_small_050'), convnext=lambda: _m('convnext_atto'), regnet=lambda: _m('regnetx_002'),
@@ -253,7 +262,6 @@ def test_zoo(teacher, student):
     seed(); t,s = _small[teacher](),_small[student]()
     keys = list(s.state_dict())
     x,y = torch.randn(12,3,64,64),torch.arange(12)%10
-    from fastai.data.core import DataLoaders
     dls = DataLoaders.from_dsets(list(zip(x,y)), list(zip(x,y)), bs=4, device='cpu', num_workers=0)
     cb = KD(t, TaskLoss()+FCFD()); learn = learner(s, dls, loss_func=nn.CrossEntropyLoss(), cbs=cb)
     learn.fit(1, 1e-3)

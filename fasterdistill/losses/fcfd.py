@@ -11,10 +11,10 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..adapters import bridge
 from ..layers import to_map
-from ..loss import DistillLoss
-from .logits import SoftTarget
+from ..loss import DistillLoss,task_kind
+from .logits import BinarySoftTarget,Logits,SoftTarget
 
-# %% ../../nbs/losses/29_fcfd.ipynb #c004
+# %% ../../nbs/losses/29_fcfd.ipynb #c008
 class FCFD(DistillLoss):
     """Function-consistent features: what the rest of the teacher makes of the student's maps, and the rest of the student of the teacher's, must be what the teacher says.
     Reads paired stages, both predictions and both networks, to a scalar (the student's own loss on the labels is not in it). `ValueError` where a network cannot be cut at a stage. Liu et al., ICLR 2023."""
@@ -51,7 +51,7 @@ class FCFD(DistillLoss):
         order = torch.randperm(len(self.candidates), generator=self.draws)[:self.paths]
         return [self.candidates[i] for i in order.tolist()]
 
-    def forward(self, fm_s, fm_t, pred, teacher_pred, student, teacher, epoch, xb):
+    def forward(self, fm_s, fm_t, pred, teacher_pred, student, teacher, epoch, xb, target=None, criterion=None):
         if self.teacher_bn=='batch':
             with torch.no_grad(): teacher_pred,fm = teacher(*xb, bn='batch')
             fm_t = dict(zip(fm_t, fm.values(), strict=True))
@@ -65,21 +65,28 @@ class FCFD(DistillLoss):
                     if j>i: mixed[j][i] = view.fm[k]
             else: view = student.resume(ks[i], self.t2s[i](fm_t[kt[i]]))
             preds.append(view.pred)
-        return self.loss(list(fm_t.values()), bridged, [list(m.values()) for m in mixed], pred, teacher_pred, preds, epoch)
+        return self.loss(list(fm_t.values()), bridged, [list(m.values()) for m in mixed], pred, teacher_pred, preds, epoch, target, criterion, xb)
 
-    def stage_losses(self, fm_t, bridged, mixed):
+    def stage_losses(self, fm_t, bridged, mixed, xb=None):
         "The squared distances to the teacher's maps of the bridged map and those of mixed paths, a number a stage; at the last one the pooled positive parts too"
         res = []
         for k,(t,b,m) in enumerate(zip(fm_t, bridged, mixed, strict=True)):
-            pool = lambda z: to_map(z).relu().mean((2,3))
+            pool = lambda z: to_map(z, x=xb).relu().mean((2,3))
             res.append(sum(F.mse_loss(z, t) + (F.mse_loss(pool(z), pool(t)) if k==len(fm_t)-1 else 0) for z in [b,*m]))
         return torch.stack(res)
 
-    def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, epoch=0.):
-        "The loss on plain tensors: lists over stages of the teacher's maps, of bridged maps and of lists of mixed maps, the predictions of student, teacher and mixed paths"
+    def compare(self, pred, teacher_pred, target=None, criterion=None):
+        "How far a prediction is from the teacher's: as `SoftTarget` has it; for yes-or-no outputs as `BinarySoftTarget`, for a regression as `Logits`"
+        kind = task_kind(criterion)
+        if kind=='regression': return Logits()(pred=pred, teacher_pred=teacher_pred)
+        if kind=='multi': return BinarySoftTarget(self.T)(pred=pred, teacher_pred=teacher_pred)
+        return self.kd(pred=pred, teacher_pred=teacher_pred, target=target, criterion=criterion)
+
+    def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, epoch=0., target=None, criterion=None, xb=None):
+        "The loss on plain tensors: lists over stages of the teacher's maps, of bridged maps and of lists of mixed maps, the predictions of student, teacher and mixed paths; `xb`, the inputs, tell the grid of tokens on oblong pictures"
         warm = min((int(epoch)+1)/self.warmup, 1.) if self.warmup else 1.
-        kl = lambda z: self.kd(pred=z, teacher_pred=teacher_pred)
-        maps,paths = self.stage_losses(fm_t, bridged, mixed).sum(),[kl(z) for z in mixed_preds]
+        kl = lambda z: self.compare(z, teacher_pred, target, criterion)
+        maps,paths = self.stage_losses(fm_t, bridged, mixed, xb).sum(),[kl(z) for z in mixed_preds]
         self.log('fcfd_maps', maps)                                      # as they are, without `weight`, warm-up and `mix`
         if paths: self.log('fcfd_paths', torch.stack(paths).mean())
         return self.weight*warm*maps + kl(pred) + self.mix*sum(paths)

@@ -1,0 +1,375 @@
+"""What works with what in fastai: tasks and ways of training × the loss picked for the task, a feature loss with adapters, FCFD.
+A cell is ✓ where a fit with the callback does what the same fit does whose losses are *written into the Learner's loss function*, by hooks and formulas of this file's own
+(so that all else is fastai's work: mixing, accumulating, clipping, schedules, freezing); ✗ where it is refused before training, with the reason.
+What a single fit computes and leaves alone, and every way out of it, is in test_callback.py; the table is printed at the end."""
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from common import KD,At,X,Y,_block,assert_close,assert_same,get_dls,learner,left,net,seed,state
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
+import fastai.callback.hook # noqa: F401, gives the Learner its summary()
+from fastai.callback.mixup import CutMix,MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.rnn import ModelResetter,RNNCallback
+from fastai.callback.schedule import ParamScheduler,SchedCos,SchedLin
+from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback,TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation,GradientClip
+from fastai.data.block import CategoryBlock
+from fastai.data.core import DataLoaders
+from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,LabelSmoothingCrossEntropyFlat,MSELossFlat
+from fastai.optimizer import OptimWrapper
+from fastai.tabular.core import Categorify,FillMissing,Normalize,TabularPandas
+from fastai.tabular.model import TabularModel,get_emb_sz
+from fastai.text.data import LMDataLoader
+from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_clas_config,awd_lstm_lm_config
+from fastai.text.models.core import get_language_model,get_text_classifier
+from fastai.torch_core import TensorImage
+from fastai.vision.models.unet import DynamicUnet
+from sklearn import datasets
+from test_callback import HalfCPU
+from torch import nn
+
+from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.fcfd import FCFD
+from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.net import Net
+from fasterdistill.teachers import Frozen
+
+torch.set_num_threads(1)
+columns = 'the loss picked','FitNet','FCFD'                              # loss omitted; TaskLoss()+FitNet(); TaskLoss()+FCFD()
+matrix = {}                                                            # {(row,column): '✓' or '✗ why'}, read by conftest.py
+
+# ---- the other opinion ----
+
+def kl(s, t, axis=1, T=4.):
+    s,t = (o.movedim(axis, -1).flatten(0,-2)/T for o in (s,t))
+    return T*T*(t.softmax(1)*(t.log_softmax(1)-s.log_softmax(1))).sum(1)
+def bernoulli(s, t, T=1.): p,q = (t/T).sigmoid(),(s/T).sigmoid(); return T*T*(p*(p/q).log()+(1-p)*((1-p)/(1-q)).log()).mean()
+
+def layer(model, name): return model.get_submodule(name.split('[')[0]),(int(name[:-1].split('[')[1]) if '[' in name else None)
+
+class Formula(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, pred, teacher_pred, target=None, criterion=None): return self.f(pred, teacher_pred, target)   # FCFD is not told the criterion here
+
+class Written:
+    "A Learner's loss function `base` that distils as well while training, by hooks of its own; `loss` holds the learned parts it starts with"
+    def __init__(self, base, learn, task, column, teacher, loss, weight):
+        self.base,self.learn,self.task,self.column,self.teacher,self.weight = base,learn,task,column,teacher.eval(),weight
+        self.fm,self.xb,self.busy,self.key,self.shape = {},None,False,None,None
+        self.term,self.handles = loss.losses[1] if column!=columns[0] else None,[]
+        self.s,self.t = task.pairs(column)
+        if column==columns[2]: self.term.kd = Formula(lambda s,t,y: task.kd(s, t, y, T=4.))
+        def keep(name, item):
+            def hook(m, a, o):
+                if not self.busy: self.fm[name] = o if item is None else o[item]
+            return hook
+        def begin(m, a):
+            if not self.busy: self.xb = tuple(x.as_subclass(torch.Tensor) for x in a)
+        self.handles.append(learn.model.register_forward_pre_hook(begin))
+        for n in self.s: m,i = layer(learn.model, n); self.handles.append(m.register_forward_hook(keep(n, i)))
+    y_int = property(lambda self: getattr(self.base, 'y_int', False))
+    reduction = property(lambda self: self.base.reduction, lambda self, v: setattr(self.base, 'reduction', v))
+    def parameters(self): return [] if self.term is None else list(self.term.parameters())
+
+    def __call__(self, pred, *yb):
+        task,l = self.base(pred, *yb),self.learn
+        if not l.training: return task
+        if self.key!=(key := (l.epoch,l.iter,id(self.xb[0]))):          # MixUp asks twice for a batch
+            self.busy = True
+            self.key,self.val = key,self.value(self.task.select(pred), yb)
+            self.busy = False
+        w = self.weight(float(l.pct_train)) if self.weight else .5 if self.term is None else 1.
+        return task+w*(self.val-task) if self.term is None else task+w*self.val
+
+    def value(self, pred, yb):
+        z,handles = {},[]
+        for n in self.t:
+            m,i = layer(self.teacher, n)
+            handles.append(m.register_forward_hook(lambda m,a,o,n=n,i=i: z.update({n: o if i is None else o[i]})))
+        with torch.no_grad(): t = self.task.select(self.teacher(*self.xb)).float()
+        for h in handles: h.remove()
+        amp = torch.is_autocast_enabled('cpu')
+        s,fs,ft = pred.as_subclass(torch.Tensor).float(),{n: self.fm[n].as_subclass(torch.Tensor).float() for n in self.s},{n: z[n].float() for n in self.t}
+        with torch.autocast('cpu', enabled=False):
+            if self.term is None: return self.task.kd(s, t, yb[0])
+            if self.column==columns[1]: return sum((a(p)-q).pow(2).mean() for a,p,q in zip(self.term.adapters, fs.values(), ft.values(), strict=True))
+            if self.shape!=self.xb[0].shape[1:]:
+                self.shape,self.nets = self.xb[0].shape[1:],[Net(m, self.xb, n, out=self.task.select) for m,n in ((self.learn.model,self.s),(self.teacher,self.t))]
+                assert not any(n.why_not(k) for n in self.nets for k in n.layers)
+            if amp:
+                for n in self.nets: n.now.around = partial(torch.autocast, 'cpu', torch.bfloat16)
+            return self.term(fm_s=fs, fm_t=ft, pred=s, teacher_pred=t, student=self.nets[0], teacher=self.nets[1], epoch=self.learn.epoch+self.learn.iter/self.learn.n_iter, xb=self.xb)
+
+# ---- a row is a task and a way of training ----
+
+class Task(SimpleNamespace):
+    "`make(width, seed)` a network, `dls()`, `loss()`, what `kd` is by hand, and which layers the feature losses find or are told"
+    found = ['layer1','layer2','layer3']
+    told,cuts,no_fcfd,output = None,None,None,None
+    make = staticmethod(lambda w, s: net(w, s=s))
+    loss = CrossEntropyLossFlat
+    cbs = staticmethod(lambda: [])
+    select = staticmethod(lambda o: o)
+    def dls(self): return get_dls(shuffle=False)
+    def kd(self, s, t, y, T=4.): return kl(s, t, T=T).mean()
+    def pairs(self, column):
+        if column==columns[0]: return [],[]
+        if column==columns[1]: return self.told or (self.found[-1:],self.found[-1:])
+        return (self.cuts or self.found,)*2
+    def callback(self, column, teacher, weight=None):
+        t = Frozen(teacher, output=self.output) if self.output is not None else teacher
+        if column==columns[0]: return KD(t, output=self.output, **({} if weight is None else dict(weight=weight)))
+        l,told = (FitNet(),self.told) if column==columns[1] else (FCFD(),self.cuts and [self.cuts])
+        if told: l = l.at(*told)
+        return KD(t, TaskLoss()+(l if weight is None else weight*l), output=self.output)
+
+def fit(learn, cbs): learn.fit(2, cbs=cbs)
+
+class Way(SimpleNamespace):
+    "`run(learn, cbs)`, with what the Learner is made of; `again` what the other opinion does instead, where the fit should change nothing"
+    run = staticmethod(fit)
+    again,weight,splitter,tol,cut = None,None,None,1e-5,False
+    make = staticmethod(lambda: {})
+
+def made(task, way, path):
+    m = task.make(4, 0).train(); seed(2)
+    learn = learner(m, way.dls() if 'dls' in vars(way) else task.dls(), loss_func=(way.loss if 'loss' in vars(way) else task.loss)(), metrics=[], path=path, cbs=task.cbs(), **way.make())
+    if way.splitter: learn.splitter = way.splitter
+    return learn
+
+class Seen(Callback):
+    "The loss whose gradient is taken, batch by batch, over several fits"
+    order = 70
+    def __init__(self): self.vals = []
+    def before_backward(self): self.vals.append(self.learn.loss_grad.item())
+
+def outcome(learn, res, seen): return dict(weights=state(learn.model), losses=seen.vals, valid=[[*o][1:2] for o in learn.recorder.values], res=res, rows=len(learn.recorder.losses))
+
+def compare(task, column, path, way):
+    teacher = task.make(8, 1).train()
+    # with the callback
+    learn,seen,built = made(task, way, path/'a'),Seen(),[]
+    had,was = left(learn, teacher),state(teacher)
+    cb = task.callback(column, teacher, way.weight)
+    start = At('after_pred', lambda l: l.training and not built and built.append(copy.deepcopy(cb.loss)))
+    seed(3); res = way.run(learn, [cb,start,seen])
+    assert left(learn, teacher)==had and (cb.history or way.cut)
+    assert_same(was, state(teacher), 'the teacher')
+    a = outcome(learn, res, seen)
+    # written into the loss function
+    learn,seen = made(task, way, path/'b'),Seen()
+    own = Written(learn.loss_func, learn, task, column, teacher, built[0], way.weight)
+    learn.loss_func = own
+    split = learn.splitter
+    def splitter(m):
+        *groups,last = split(m) if way.splitter else [split(m)]
+        return [*groups,[*last,*own.parameters()]]
+    learn.splitter = splitter
+    clip = At('before_step', lambda l: [nn.utils.clip_grad_norm_(own.parameters(), c.max_norm, c.norm_type) for c in l.cbs if isinstance(c, GradientClip) and own.parameters()], order=GradientClip.order+1)
+    reset = At('before_train', lambda l: teacher.reset() if hasattr(teacher, 'reset') else None)
+    seed(3); res = (way.again or way.run)(learn, [clip,reset,seen])
+    for h in own.handles: h.remove()
+    b = outcome(learn, res, seen)
+    # must be one
+    assert len(a['losses'])==len(b['losses'])>1 and a['rows']==b['rows'] and a['res']==b['res']
+    np.testing.assert_allclose(a['losses'], b['losses'], rtol=max(way.tol, 1e-4), atol=way.tol)
+    np.testing.assert_allclose(a['valid'], b['valid'], rtol=max(way.tol, 1e-4), atol=way.tol)
+    if not np.isnan(seen.vals).any():
+        assert_close(a['weights'], b['weights'], way.tol)
+        if own.term is not None: assert_close(state(cb.loss.losses[1]), state(own.term), way.tol)
+    else: assert all(torch.allclose(p, b['weights'][k], equal_nan=True) for k,p in a['weights'].items())
+
+def refused(task, column, path, match):
+    "Before anything is trained, and nothing is left"
+    teacher,learn = task.make(8, 1).train(),made(task, Way(), path)
+    had,was = left(learn, teacher),state(learn.model)
+    with pytest.raises(ValueError, match=f'(?s){match}') as e: learn.fit(1, cbs=task.callback(column, teacher))
+    assert_same(was, state(learn.model)); assert left(learn, teacher)==had
+    return str(e.value).split('\n\t')[-1]                                # without fastai's line above
+
+# ---- tasks ----
+
+def pairs(x, *ys, n=96, valid=64, bs=32):
+    "fastai's loaders over tuples of tensors"
+    seed()
+    items = list(zip(x, *ys))
+    return DataLoaders.from_dsets(items[:n], items[n:n+valid], bs=bs, device=torch.device('cpu'), shuffle=False, num_workers=0)
+
+def images(y): return lambda: pairs([TensorImage(x) for x in X[:160]], y[:160])
+several = torch.stack([Y%2==0, Y>4, (Y==2)|(Y==3)|(Y==5)|(Y==7)], 1).float()
+grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 8)]*2, indexing='ij'))
+points = torch.stack([(w[:,None]*grid).sum((2,3))/w.sum((1,2), keepdim=True)[:,0] for w in (X[:,0],X[:,0]**4)], 1)        # two centres of the ink, (B,2,2)
+
+def unet(w, s): seed(s); return DynamicUnet(nn.Sequential(_block(1, w, 2, True),_block(w, 2*w, 2, True),_block(2*w, 4*w, 2, True)), 3, (32,32))
+def masks():
+    x = F.interpolate(X[:48], scale_factor=4)
+    y = (x[:,0]>.3).long()+(x[:,0]>.8).long()
+    y[:,:2] = y[:,-3:] = 255                                           # not labelled
+    return pairs([TensorImage(o) for o in x], y, n=32, valid=16, bs=16)
+def masked(s, t, y, T=4.): k = kl(s, t, T=T); return k[(y!=255).reshape(-1)].mean()
+
+texts = [o.DESCR.lower().split() for o in (datasets.load_digits(),datasets.load_wine(),datasets.load_iris(),datasets.load_breast_cancer())]
+words = ['xxunk','xxpad',*sorted({w for t in texts for w in t})]
+tokens = [torch.tensor([words.index(w) for w in t]) for t in texts]
+def snippets():
+    g = torch.Generator().manual_seed(0)
+    at = [(c, torch.randint(len(tokens[c])-24, (), generator=g).item()) for c in torch.randint(4, (160,), generator=g).tolist()]
+    x = torch.stack([tokens[c][i:i+24] for c,i in at]); x[::3,18:] = 1   # some are shorter
+    return pairs(x, torch.tensor([c for c,_ in at]))
+def stream():
+    seed()
+    dl = lambda o: LMDataLoader(o, bs=4, seq_len=11, shuffle=False, device=torch.device('cpu'))
+    return DataLoaders(dl([tokens[0][:300],tokens[1][:200]]), dl([tokens[2][:200]]))
+still = lambda c, w: dict(c, emb_sz=2*w, n_hid=3*w, n_layers=2)
+def classifier(w, s): seed(s); return get_text_classifier(AWD_LSTM, len(words), 4, seq_len=10, config=still(awd_lstm_clas_config, w), lin_ftrs=[3*w])
+def language(w, s): seed(s); m = get_language_model(AWD_LSTM, len(words), config=still(awd_lstm_lm_config, w)); return sharp(m)
+def sharp(m):
+    "Large enough weights for what was read before to be seen in the prediction"
+    with torch.no_grad():
+        for p in m.parameters(): p.mul_(4)
+    return m
+
+def table():
+    "scikit-learn's wines: three columns in classes, one of them with gaps, four numbers, some missing"
+    d = datasets.load_wine(as_frame=True).frame
+    d = d.sample(frac=1, random_state=0).reset_index(drop=True)
+    d.columns = [c.split('/')[0] for c in d.columns]
+    for c in ('alcohol','hue','ash'): d[c] = pd.cut(d[c], 4, labels=list('abcd')).astype(str)
+    d.loc[::7,'hue'] = None; d.loc[::11,'proline'] = float('nan')
+    return TabularPandas(d, procs=[Categorify,FillMissing,Normalize], cat_names=['alcohol','hue','ash'], cont_names=['malic_acid','magnesium','flavanoids','proline'], y_names='target',
+                         y_block=CategoryBlock(), splits=[list(range(128)),list(range(128,178))])
+
+def rows_and_columns():
+    seed(); to = table()
+    return to.dataloaders(bs=32, device=torch.device('cpu'), shuffle=False)
+def tabular(w, s): to = table(); seed(s); return TabularModel(get_emb_sz(to), len(to.cont_names), 3, [4*w,2*w])
+
+class Named(nn.Module):
+    "Its prediction is one of several things in a dict"
+    def __init__(self, m): super().__init__(); self.m = m
+    def forward(self, x): o = self.m(x); return dict(features=o.detach()*0, out=o)
+class OfDict(nn.CrossEntropyLoss):
+    def forward(self, pred, y): return super().forward(pred['out'], y)
+
+def torch_loaders():
+    from torch.utils.data import DataLoader,TensorDataset
+    return DataLoaders(DataLoader(TensorDataset(X[:96], Y[:96]), 32), DataLoader(TensorDataset(X[96:160], Y[96:160]), 32))
+
+def first(o): return o[0] if isinstance(o, tuple) else o
+rnn = lambda: [ModelResetter(),RNNCallback()]
+tasks = {
+    'single-label images': Task(),
+    'multi-label images': Task(make=lambda w,s: net(w, 3, s=s), dls=images(several), loss=BCEWithLogitsLossFlat, kd=lambda s,t,y,T=1.: bernoulli(s, t, T)),
+    'image regression (points)': Task(make=lambda w,s: net(w, 4, s=s), dls=images(points), loss=MSELossFlat, kd=lambda s,t,y,T=None: (s-t).pow(2).mean()),
+    'segmentation (unet, ignore_index)': Task(make=unet, dls=masks, loss=partial(CrossEntropyLossFlat, axis=1, ignore_index=255), kd=masked, found=['layers.0.1','layers.3'], no_fcfd='cannot be cut at'),
+    'text classification (AWD_LSTM)': Task(make=classifier, dls=snippets, cbs=rnn, select=first, told=(['1.layers.0'],['1.layers.0']), cuts=['1.layers.0.1','1.layers.0'], no_fcfd="cannot be cut at '1.layers.0.1'"),
+    'language model (AWD_LSTM)': Task(make=language, dls=stream, cbs=rnn, select=first, told=(['0.rnns.1[0]'],['0.rnns.1[0]']), kd=lambda s,t,y,T=4.: kl(s, t, -1, T).mean(), cuts=['0.rnns.0[0]','0.rnns.1[0]'], no_fcfd="cannot be cut at '0.rnns.0.0.'"),
+    'tabular (two inputs)': Task(make=tabular, dls=rows_and_columns, told=(['layers.1'],['layers.1']), cuts=['layers.0','layers.1']),
+    'a dict as output (output=)': Task(make=lambda w,s: Named(net(w, s=s)), loss=OfDict, select=lambda o: o['out'], output='out', found=['m.layer1','m.layer2','m.layer3']),
+    'plain torch DataLoaders': Task(dls=torch_loaders),
+}
+
+@pytest.mark.parametrize('column', columns)
+@pytest.mark.parametrize('name', tasks)
+def test_task(name, column, tmp_path):
+    task = tasks[name]
+    if column=='FCFD' and task.no_fcfd: matrix[name,column] = '✗ '+refused(task, column, tmp_path, task.no_fcfd); return
+    compare(task, column, tmp_path, Way())
+    matrix[name,column] = '✓'
+
+# ---- ways of training ----
+
+halves = lambda m: [list(m[:2].parameters()),list(m[2:].parameters())]
+def each(*makers): return lambda learn, cbs: learn.fit(2, cbs=[*cbs,*(f() for f in makers)])
+def fine_tune(learn, cbs): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=cbs)
+def on_the_learner(learn, cbs): learn.add_cbs(cbs); learn.fine_tune(2, 1e-2, freeze_epochs=1)
+def lr_find(learn, cbs):
+    "Changes nothing: the fit after it is the first"
+    was = state(learn.model)
+    learn.add_cbs(cbs); learn.lr_find(num_it=7, show_plot=False, stop_div=False)
+    assert_same(was, state(learn.model))
+    cbs[-1].vals.clear()                                               # those of lr_find
+    seed(3); learn.fit(2)
+def resized(learn, cbs):
+    learn.fit(1, cbs=cbs)
+    learn.dls = pairs([TensorImage(x) for x in F.interpolate(X[:160], size=(12,12), mode='bilinear')], Y[:160]); learn.fit(1, cbs=cbs)
+def csv(learn, cbs):
+    learn.path.mkdir(exist_ok=True)
+    learn.fit(2, cbs=[*cbs,CSVLogger()])
+    rows = [r.split(',') for r in (learn.path/'history.csv').read_text().split()]
+    assert rows[0]==[*learn.recorder.metric_names] and [[float(o) for o in r[1:3]] for r in rows[1:]]==[[*o][:2] for o in learn.recorder.values]
+    return len(rows)
+def early(learn, cbs): learn.fit(5, cbs=[*cbs,EarlyStoppingCallback(min_delta=10.)]); return learn.epoch
+def saved(learn, cbs, **kwargs):
+    "The best by validation loss, which is the Learner's own, is loaded in the end; a rate that grows makes it worse"
+    cb = SaveModelCallback(**kwargs)
+    learn.fit(3, cbs=[*cbs,cb,ParamScheduler({'lr': SchedLin(.05, 3.)})])
+    best = int(np.argmin([o[1] for o in learn.recorder.values]))
+    assert cb.best==learn.recorder.values[best][1]
+    return best
+def nan_images():
+    x = X[:160].clone(); x[40] = float('nan')
+    return pairs([TensorImage(o) for o in x], Y[:160])
+def summary(learn, cbs):
+    learn.add_cbs(cbs)
+    text = '\n'.join(o for o in learn.summary().split('\n') if not o.lstrip().startswith('-') and 'Loss function' not in o)
+    learn.fit(2)
+    return text
+accumulated = partial(GradientAccumulation, 64)
+ways = {
+    'fit': Way(),
+    'fit_one_cycle': Way(run=lambda l,cbs: l.fit_one_cycle(2, .05, cbs=cbs)),
+    'fit_flat_cos': Way(run=lambda l,cbs: l.fit_flat_cos(2, .02, cbs=cbs)),
+    'fine_tune (freeze, slices)': Way(run=on_the_learner, splitter=halves),
+    'fine_tune(cbs=…)': Way(run=fine_tune, splitter=halves),
+    'lr_find': Way(run=lr_find, again=fit),
+    'GradientAccumulation': Way(run=each(accumulated), dls=lambda: get_dls(128, shuffle=False)),
+    'GradientClip': Way(run=each(lambda: GradientClip(.1))),
+    'mixed precision (bf16, CPU)': Way(run=each(HalfCPU), tol=2e-3),
+    'ChannelsLast': Way(run=each(ChannelsLast)),
+    'MixUp': Way(run=each(lambda: MixUp(.4))),
+    'CutMix': Way(run=each(lambda: CutMix(1.))),
+    'LabelSmoothing': Way(loss=LabelSmoothingCrossEntropyFlat),
+    'progressive resizing': Way(run=resized),
+    'SaveModelCallback': Way(run=saved),
+    'SaveModelCallback(with_opt=True)': Way(run=partial(saved, with_opt=True)),
+    'EarlyStoppingCallback': Way(run=early),
+    'CSVLogger': Way(run=csv),
+    'TerminateOnNaNCallback': Way(run=lambda l,cbs: l.fit(2, cbs=[*cbs,TerminateOnNaNCallback()]), dls=nan_images, cut=True),
+    'OptimWrapper(torch SGD)': Way(make=lambda: dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)))),
+    'OptimWrapper(torch AdamW)': Way(make=lambda: dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, eps=1e-3))), run=lambda l,cbs: l.fit(2, 1e-2, cbs=cbs)),
+    'ParamScheduler, discriminative': Way(run=lambda l,cbs: l.fit(2, slice(1e-3,5e-2), cbs=[*cbs,ParamScheduler({'lr': SchedCos(np.array([1e-3,5e-2]), np.array([1e-4,1e-2]))})]), splitter=halves),
+    'weight as a fastai schedule': Way(weight=SchedCos(1., .2)),
+    'summary()': Way(run=summary),
+    'a last batch of one': Way(dls=lambda: get_dls(97, shuffle=False, drop_last=False)),
+}
+
+@pytest.mark.parametrize('column', columns)
+@pytest.mark.parametrize('name', ways)
+def test_way(name, column, tmp_path):
+    compare(tasks['single-label images'], column, tmp_path, ways[name])
+    matrix[name,column] = '✓'
+
+# ---- the table ----
+
+def shown():
+    "The matrix as lines of text, one reason a ✗ below it; a cell that did not run or did not hold is '?'"
+    why,wide = [],max(map(len, [*tasks,*ways]))
+    def cell(o):
+        if o[:1]!='✗': return o
+        if o not in why: why.append(o)
+        return f'✗ {why.index(o)+1}'
+    def line(first, cells): return first.ljust(wide)+'  '+'  '.join(c.ljust(len(h)) for c,h in zip(cells, columns)).rstrip()
+    for title,names in (('Tasks',tasks),('Ways of training',ways)):
+        yield ''; yield line(title, columns)
+        for n in names: yield line(n, [cell(matrix.get((n,c), '?')) for c in columns])
+    yield ''
+    for i,o in enumerate(why): yield f'✗ {i+1}: {o[2:]}'
