@@ -33,6 +33,7 @@ class Attention(FeatureLoss):
     def pair(self, s, t, xb=None):
         s,t = to_map(plain(s), x=xb),to_map(plain(t), x=xb)
         size = [min(a,b) for a,b in zip(s.shape[2:], t.shape[2:])]
+        if size==[1,1]: raise ValueError('a map of 1×1 has one place to look at, so Attention would be 0 whatever the student does: name larger layers, as in Attention().at("stages[:-1]")')
         s,t = (o if list(o.shape[2:])==size else F.adaptive_avg_pool2d(o, size) for o in (s,t))
         d = attention_map(s, self.p, self.map)-attention_map(t, self.p, self.map)
         return d.pow(2).mean() if self.form=='code' else d.norm(dim=1).mean()
