@@ -484,7 +484,7 @@ def test_resnet18_teacher():
     flags,modes,was,opt = [p.requires_grad for p in t.parameters()],[m.training for m in t.modules()],state(t),None
     assert len(flags)==62 and 0<sum(flags)<62
     learn = learner(dls=get_dls(32, 16, bs=16))
-    learn.fit(1, cbs=KD(t, TaskLoss()+SoftTarget()+Attention()+FitNet().at('layer3')))
+    learn.fit(1, cbs=KD(t, TaskLoss()+SoftTarget()+Attention().at(['layer1','layer2'])+FitNet().at('layer3')))
     assert [p.grad for p in t.parameters()]==[None]*62
     assert flags==[p.requires_grad for p in t.parameters()] and modes==[m.training for m in t.modules()]
     assert_same(was, state(t)); assert set(left(learn, t))=={'teacher flags','teacher mode'}
