@@ -106,7 +106,7 @@ class Plan:
         self.teacher,self.student = repr(kd.teacher),type(get_model(learn.model)).__name__
         self.sizes = [_count(learn.model.parameters()),sum(_count(n.parameters()) for n in kd.teacher.networks()) if kd.teacher is not None else 0]
         self.whole,self.share = any(isinstance(t.loss, TaskLoss) for t in terms),kd.weight
-        self.loss,self.kind,self.rows,self.learned = repr(loss),o.kind,[],_count(o.params)
+        self.loss,self.rows,self.learned = repr(loss),[],_count(o.params)
         for t in terms:
             w = '*'.join(map(str, t.ws)) or '1'
             show = lambda k,name,sizes,taps: f'{k}{_meant(name, taps)} {_shape(sizes.get(name))}'
@@ -340,7 +340,7 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
     o = SimpleNamespace(terms=terms, taps=[])
     student,teacher = get_model(learn.model),self.teacher
     device = next((p.device for p in student.parameters()), torch.device('cpu'))
-    o.device,o.kind = device,task_kind(task_criterion(learn))
+    o.device = device
     self._check_idx(learn, terms)
     if not len(learn.yb) and any(getattr(cb, 'train_metrics', False) for cb in learn.cbs if isinstance(cb, Recorder)): raise ValueError('Recorder(train_metrics=True) asks for metrics of the training data, which has no labels')
     if teacher is not None:
@@ -365,15 +365,15 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
         base = task_criterion(learn)
         o.criterion = learn.loss_func if base is learn.loss_func else _Criterion(learn.loss_func, base)
         o.mixer = getattr(learn.loss_func, '__self__', None) if base is not learn.loss_func else None
-        o.example = v = self._example(learn, o, xb, student)
+        v = self._example(learn, o, xb, student)
         for t in terms:
             if not t.loss._built: t.loss.build(**self._given(t, v, t.builds))
             self._learns_for(t.loss, student, teacher.model if has else None)
         loss.to(device)
         o.params = self._learned(learn, loss)
-        self._try(terms, loss, v, learn)
+        self._try(terms, loss, v)
     o.sizes_s,o.sizes_t = ({k: describe(z, x) if isinstance(z, torch.Tensor) else None for k,z in (v.get(f) or {}).items()} for f,x in (('maps_s',xb),('maps_t',xb if teacher is None else teacher.inp(*xb))))
-    o.example,o.values = None,v.get('values', {})
+    o.values = v.get('values', {})
     for n in (o.net_s,o.net_t):
         if n: n.now.xb = None
     return o
@@ -442,7 +442,7 @@ def _given(self:KnowledgeDistillationCallback, t, v, names):
     return res
 
 @patch
-def _try(self:KnowledgeDistillationCallback, terms, loss, v, learn):
+def _try(self:KnowledgeDistillationCallback, terms, loss, v):
     "Every term once on the example: what fails, fails before anything is trained"
     gens = [(g, g.get_state()) for g in _generators(loss)]
     was = [(m, m.training) for m in loss.modules()]
