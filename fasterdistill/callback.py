@@ -12,6 +12,7 @@ from copy import deepcopy
 from functools import partial,wraps
 from types import SimpleNamespace
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder
@@ -21,6 +22,7 @@ from fastai.torch_core import get_model,norm_bias_params
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from .layers import _match,describe,plain,reading,record,rng_kept,stages,tupled
 from .loss import TaskLoss,as_loss,check_weight,class_axis,name_terms,task_kind,weigher
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
@@ -323,7 +325,9 @@ def _open(self:KnowledgeDistillationCallback):
     s.stack = ExitStack()
     s.open = self._prepare(learn, s.terms, self.loss, s.stack)
     self._go_on()
+    self._start_equal()
     for t in s.open.taps: s.stack.callback(t.remove); t.attach()
+    if s.open.taps and self._compiled(learn): torch.compiler.reset()      # a graph made before the hooks came would go on without them, silently
     if any(isinstance(cb, LRFinder) for cb in learn.cbs):
         kept,gens = deepcopy(self.loss.state_dict()),[(g, g.get_state()) for g in _generators(self.loss)]
         opt,opt_state = s.opt,{p: deepcopy(st) for p,st in s.opt_state.items()}
@@ -342,6 +346,7 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
     device = next((p.device for p in student.parameters()), torch.device('cpu'))
     o.device = device
     self._check_idx(learn, terms)
+    self._check_model(learn, terms)
     if not len(learn.yb) and any(getattr(cb, 'train_metrics', False) for cb in learn.cbs if isinstance(cb, Recorder)): raise ValueError('Recorder(train_metrics=True) asks for metrics of the training data, which has no labels')
     if teacher is not None:
         for net in teacher.networks():
@@ -382,6 +387,21 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
 def _check_idx(self:KnowledgeDistillationCallback, learn, terms):
     if any(t.names & {'idx','n_items'} for t in terms) and not hasattr(learn.dls.train, 'get_idxs'):
         raise ValueError(f'a loss reads which items are in the batch, which a {type(learn.dls.train).__module__} DataLoader does not tell: make the data with fastai\'s DataLoaders')
+
+@patch
+def _compiled(self:KnowledgeDistillationCallback, learn):
+    "Whether a network is compiled, whole or in part"
+    nets = [learn.model] + (self.teacher.networks() if self.teacher is not None else [])
+    return any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for net in nets for m in net.modules())
+
+@patch
+def _check_model(self:KnowledgeDistillationCallback, learn, terms):
+    inside = {'fm_s':'student','student':'student','fm_t':'teacher','teacher':'teacher'}
+    names = [n for n in inside if any(n in t.names for t in terms)]
+    if isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1 and {'fm_s','student'} & {*names}:
+        raise ValueError(f'the student is a DataParallel over {len(learn.model.device_ids)} devices, where each layer runs on a part of the batch at a time: losses that read its layers need a process for each GPU, with learn.distrib_ctx(): …')
+    if names and not hasattr(torch.compiler, 'set_stance') and self._compiled(learn):
+        raise ValueError(f'a compiled network can be read inside from torch 2.6 on, this is {torch.__version__}: leave out the losses that read {", ".join(names)}, or train without compile()')
 
 @patch
 def _layers_of(self:KnowledgeDistillationCallback, t, side_s, side_t):
@@ -535,6 +555,27 @@ def _go_on(self:KnowledgeDistillationCallback):
     _set_grads(self.loss.parameters(), st['grads'])
     there = lambda p,d: {k: v.to(p.device) if isinstance(v, torch.Tensor) and v.shape==p.shape else v for k,v in d.items()}
     s.opt,s.opt_state = s.learn.opt,{p: tuple(there(p, d) for d in o) for p,o in zip(self.loss.parameters(), st['opt'], strict=True) if o}
+
+# %% ../nbs/05_callback.ipynb #c111
+def _mean_grads(ps):
+    "Gradients become their mean over the processes; one that is missing in all of them stays so"
+    grads,there = [torch.zeros_like(p) if p.grad is None else p.grad for p in ps],[p.grad is not None for p in ps]
+    flat = torch.cat([*(g.float().flatten() for g in grads), torch.tensor(there, dtype=torch.float32, device=ps[0].device)])
+    dist.all_reduce(flat)
+    *means,count = flat.split([*(p.numel() for p in ps), len(ps)])
+    if not all(there): there = [n>0 for n in count.tolist()]
+    for p,g,m,has in zip(ps, grads, means, there, strict=True):
+        if has: p.grad = g.copy_(m.view_as(g)/dist.get_world_size())
+
+@patch
+def _start_equal(self:KnowledgeDistillationCallback):
+    if isinstance(self._s.learn.model, DistributedDataParallel):
+        for o in (*self.loss.parameters(),*self.loss.buffers()): dist.broadcast(o.data, 0)
+
+@patch
+def after_backward(self:KnowledgeDistillationCallback):
+    o = self._s.open
+    if o.params and isinstance(self._s.learn.model, DistributedDataParallel): _mean_grads(o.params)
 
 # %% ../nbs/05_callback.ipynb #c019
 @patch
