@@ -44,14 +44,14 @@ def regressor(s, t, xb=None):
 
 # %% ../nbs/03_adapters.ipynb #c011
 class Bridge(nn.Module):
-    "From network `a`'s activation to network `b`'s, in `b`'s own layout; both need rows and columns, or neither (`ValueError`)"
+    "From network `a`'s activation to network `b`'s, in `b`'s own layout; both need rows and columns, or neither (vectors, and sequences of one length), else `ValueError`"
     def __init__(self, a, b, xb=None):
         super().__init__()
         self.a,self.b = describe(a, xb),describe(b, xb)
         act = [nn.LeakyReLU(.1)] if b.min()>=0 else []
-        self.vectors = self.a is not None and self.b is not None and self.a.layout==self.b.layout=='BC'
+        self.vectors = self.a is not None and self.b is not None and len(self.a.size)<2 and self.a.size==self.b.size
         if self.vectors: self.layers = nn.Sequential(nn.Linear(self.a.channels, self.b.channels), *act); return
-        if any(o is None or len(o.size)!=2 for o in (self.a,self.b)): raise ValueError(f'no bridge between activations of shape {tuple(a.shape)} and {tuple(b.shape)}: both need rows and columns')
+        if any(o is None or len(o.size)!=2 for o in (self.a,self.b)): raise ValueError(f'no bridge between activations of shape {tuple(a.shape)} and {tuple(b.shape)}: both need rows and columns, or neither and one length')
         conv,*resize = _between(self.a, self.b, 3, True)
         if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         self.layers = nn.Sequential(conv, *resize, nn.BatchNorm2d(self.b.channels), *act)

@@ -124,12 +124,15 @@ _Cut = namedtuple('_Cut', 'layer call before ran info reason', defaults=(None,))
 
 def _is_info(o): return isinstance(o, Info)
 
-def _blanks(o, B, n, device):
-    "Zeros in the shapes of a recorded output, for `n` items instead of `B`; what is no tensor as it was"
+def _blanks(o, B, n, device, leaves=None):
+    "Zeros in the shapes of a recorded output, for `n` items instead of `B`; what is no tensor as it was. `leaves` gets those that a gradient is asked of"
     def blank(i):
         if not _is_info(i): return i
         s = i.shape
-        return torch.zeros((s[0]//B*n, *s[1:]) if s and s[0]%B==0 else s, dtype=i.dtype, device=device)
+        z = torch.zeros((s[0]//B*n, *s[1:]) if s and s[0]%B==0 else s, dtype=i.dtype, device=device)
+        if leaves is None or not z.is_floating_point(): return z
+        leaves.append(z.requires_grad_())
+        return z.clone()                                                 # one that may be overwritten in place
     return tree_map(blank, o, is_leaf=_is_info)
 
 def _replaced(o, item, z):
@@ -142,6 +145,8 @@ def _float(o): return plain(o).float() if isinstance(o, torch.Tensor) and o.is_f
 
 def _alike(ps, qs, tol=1e-5):
     return len(ps)==len(qs) and all(abs(p[0]-q[0]) <= 2*tol*p[1] and abs(p[1]-q[1]) <= tol*p[1] for p,q in zip(ps, qs))
+
+_gone = object()
 
 class _Forward:
     "A module's `forward` for one pass: `answers` in turn, then its own"
@@ -158,7 +163,7 @@ class Net:
         self.model,self.who,self.layers,self.taps = model,who,list(layers),taps
         self.inp,self.out = inp or (lambda *xb: xb),out or (lambda o: o)   # what a teacher does to its inputs, and to its outputs
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-        self.now = SimpleNamespace(xb=None, around=nullcontext, rec=None, sig=None, cuts={}, names={})  # shared with `only`
+        self.now = SimpleNamespace(xb=None, around=nullcontext, rec=None, sig=None, cuts={}, names={}, memory={})  # shared with `only`
         if x is not None: self.now.xb = tupled(x)
         if taps is None and self.layers: self.taps = Taps(model, self.layers, x, who=who)
 
@@ -176,14 +181,26 @@ class Net:
 
     def __getitem__(self, name): return self.model.get_submodule(self._find(name).name)
 
-    def _pass(self, f, bn, ran=None):
+    @contextmanager
+    def _forgetting(self, kind):
+        "What modules remember in attributes, as recurrent networks their hidden states, is after a pass what it was; the first pass of a kind tells which do"
+        every = {} if kind in self.now.memory else {m: dict(vars(m)) for m in self.model.modules()}
+        kept = [(m, k, vars(m).get(k, _gone)) for m,k in self.now.memory.get(kind, ())]
+        try: yield
+        finally:
+            if every:
+                kept = [(m, k, d.get(k, _gone)) for m,d in every.items() for k,v in vars(m).items() if d.get(k, _gone) is not v]
+                self.now.memory[kind] = [(m,k) for m,k,_ in kept]
+            for m,k,v in kept: vars(m).pop(k, None) if v is _gone else vars(m).update({k: v})
+
+    def _pass(self, f, bn, cut=None):
         own = self.taps is not None and not self.taps.handles
         if own: self.taps.attach()
         try:
-            with self.taps.aside() if self.taps else nullcontext({}) as store, bn_mode(self.norms, bn), self.now.around(), _eager(): pred = self.out(f())
+            with self.taps.aside() if self.taps else nullcontext({}) as store, bn_mode(self.norms, bn), self._forgetting(cut and cut.layer), self.now.around(), _eager(): pred = self.out(f())
         finally:
             if own: self.taps.remove()
-        return View(_float(pred), {n: _float(store[n]) for n in self.layers if n in store and (ran is None or n in ran)})
+        return View(_float(pred), {n: _float(store[n]) for n in self.layers if n in store and (cut is None or n in cut.ran)})
 
     def __call__(self, *xb, bn='batch'):
         "Another pass on `xb`, in the network's present mode; averages of a BatchNorm move only with `bn='update'`"
@@ -205,12 +222,12 @@ class Net:
         if z.ndim!=len(cut.info.shape): raise ValueError(f'{layer!r} of the {self.who} returns {("B",)+cut.info.shape[1:]}: it cannot be resumed from {tuple(z.shape)}')
         def run():
             return self._resumed(cut, z if torch.is_autocast_enabled(z.device.type) else z.to(cut.info.dtype))
-        return self._pass(run, bn, cut.ran)
+        return self._pass(run, bn, cut)
 
-    def _resumed(self, cut, z):
+    def _resumed(self, cut, z, leaves=None):
         "One pass in which `cut.layer` answers `z` and what finished before answers blanks"
         B,n,forwards = self.now.rec.xb[0].shape[0],z.shape[0],[]
-        blanks = lambda o: _blanks(o, B, n, z.device)
+        blanks = lambda o: _blanks(o, B, n, z.device, leaves)
         def answer(own, a, k):
             if cut.layer.kind=='in': return own(z, *a[1:], **k)
             return z if cut.layer.item is None else _replaced(blanks(cut.call.out), cut.layer.item, z)
@@ -242,21 +259,33 @@ class Net:
         for c in sorted(rec, key=lambda c: c.start):
             if done(c.start) and not done(c.parent) and c.start not in self.now.fixed: before.setdefault(c.module, []).append(c.out)
         ran = {n for n,t in (self.taps.layers if self.taps else {}).items() if (w := rec.when(t)) is not None and w>when}
-        with reading(self.model): full = record(self.model, *_same(xb), keep=[l], copy=True, prints=True)
+        root = find_layer(self.model, 'output')
+        with reading(self.model): full = record(self.model, *_same(xb), keep=[l,root], copy=True, prints=True)
         z = _item(full.kept[l.name,l.n,l.kind][0], l.item, layer)
         if not isinstance(z, torch.Tensor): return _Cut(l, call, before, ran, None, f'{what}: it hands over a {type(z).__name__} there, not a tensor; an item of it may do, as in {layer+"[0]"!r}')
         cut = _Cut(l, call, before, ran, Info(tuple(z.shape), z.dtype))
         try:
             with reading(self.model):
                 self.model(*_flip(xb))
-                back = record(self.model, z, prints=True, run=lambda z: self._resumed(cut, z))
+                back = record(self.model, z, keep=[root], prints=True, run=lambda z: self._resumed(cut, z))
         except Exception as e: return cut._replace(reason=f'{what}: what comes after it does not run on blanks ({type(e).__name__}: {e})')
         n = len(before.get(call.module, ()))+1
         later = lambda r,t: [(c.name,p) for c,p,e in zip(r.calls, r.prints, r.ends) if e>t]
-        for (a,p),(b,q) in zip_longest(later(full, full.when(l)), later(back, back.when(l._replace(n=n))), fillvalue=('',())):
-            if a!=b or not _alike(p, q):
-                return cut._replace(reason=f"{what}: the output also depends on what came before it in another way (first seen at {a or 'the output'!r}); skip connections around a layer do that")
-        return cut
+        calls = list(zip_longest(later(full, full.when(l)), later(back, back.when(l._replace(n=n))), fillvalue=('',())))
+        odd = next((a for (a,p),(b,q) in calls if a!=b or not _alike(p, q)), None)
+        same = lambda r: _float(self.out(r.kept['',1,'out'][0]))
+        if odd is None or all(a==b for (a,_),(b,_) in calls) and torch.allclose(same(full), same(back), 1e-5, 1e-5*same(full).abs().max()) and self._apart(cut, z): return cut
+        return cut._replace(reason=f"{what}: the output also depends on what came before it in another way (first seen at {odd or 'the output'!r}); skip connections around a layer do that, or a state kept from batch to batch")
+
+    def _apart(self, cut, z):
+        "Whether no gradient goes from the prediction, or what is read after the cut, to what came before it: a network may return more, such as what its encoder said"
+        leaves,taps = [],[t for n,t in (self.taps.layers if self.taps else {}).items() if n in cut.ran]
+        with reading(self.model), torch.enable_grad():
+            self.model(*_flip(self._example()))
+            rec = record(self.model, z, keep=[*taps,find_layer(self.model, 'output')], run=lambda z: self._resumed(cut, z, leaves))
+            read = [self.out(rec.kept['',1,'out'][0]),*(_item(rec.kept[t.name,t.n,t.kind][0], t.item, t.name) for t in taps)]
+            read = [o for o in read if isinstance(o, torch.Tensor) and o.requires_grad]
+            return not read or not leaves or not any(g is not None for o in read for g in torch.autograd.grad(o.float().sum(), leaves, retain_graph=True, allow_unused=True))
 
 def _same(xb): return [o.clone() for o in xb]
 def _flip(xb): return [o.flip(list(range(o.ndim)) if o.is_floating_point() else [0]) for o in xb]     # the columns of a table have categories of their own

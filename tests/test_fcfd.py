@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
+from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_lm_config
+from fastai.text.models.core import get_language_model
 from torch import nn
 
 from common import KD,get_dls,learner,left,net,seed,state,assert_same
@@ -267,3 +269,15 @@ def test_zoo(teacher, student):
     learn.fit(1, 1e-3)
     assert np.isfinite(cb.history[-1]['fcfd']) and list(s.state_dict())==keys
     assert not left(learn, t)
+
+def test_a_network_with_memory_keeps_it():
+    "Another pass, whole or from the middle, must not be what a recurrent network remembers of the text"
+    seed(); m = get_language_model(AWD_LSTM, 20, config=dict(awd_lstm_lm_config, emb_sz=6, n_hid=7, n_layers=2)).train()
+    x = torch.randint(20, (3,8)); m(x)
+    was = [[t.clone() for t in h] for h in m[0].hidden]
+    n = Net(m, x, out=lambda o: o[0])
+    for _ in range(2):
+        pred = n.resume('0.rnns.1[0]', torch.randn(3,8,6)).pred; n(x)
+        assert pred.shape==(3,8,20) and all(torch.equal(a, b) for p,q in zip(m[0].hidden, was, strict=True) for a,b in zip(p, q, strict=True))
+    m(x); assert not torch.equal(m[0].hidden[1][0], was[1][0])                    # its own passes do change it
+    assert 'state kept from batch to batch' in n.why_not('0.rnns.0[0]')

@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
 from ..adapters import bridge
-from ..layers import to_map
+from ..layers import describe,to_map
 from ..loss import DistillLoss,task_kind
 from .logits import BinarySoftTarget,Logits,SoftTarget
 
@@ -71,7 +71,7 @@ class FCFD(DistillLoss):
         "The squared distances to the teacher's maps of the bridged map and those of mixed paths, a number a stage; at the last one the pooled positive parts too"
         res = []
         for k,(t,b,m) in enumerate(zip(fm_t, bridged, mixed, strict=True)):
-            pool = lambda z: to_map(z, x=xb).relu().mean((2,3))
+            pool = lambda z: z.relu().mean(1) if z.ndim==3 and len(describe(z, xb).size)==1 else to_map(z, x=xb).relu().mean((2,3))
             res.append(sum(F.mse_loss(z, t) + (F.mse_loss(pool(z), pool(t)) if k==len(fm_t)-1 else 0) for z in [b,*m]))
         return torch.stack(res)
 
