@@ -7,7 +7,7 @@ READY   = $(VENV)/.ready
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo install test test-all lint run prepare readme
+.PHONY: demo install test test-all lint run prepare readme versions
 
 demo: $(READY)
 	$(BIN)/fasterdistill_demo
@@ -24,6 +24,16 @@ test-all: lint
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+# What every loss promises, on the lowest versions settings.ini allows (Python 3.10) and on the newest, each in an environment of its own; needs uv
+versions: version-lowest-direct version-highest
+
+version-%: export MPLBACKEND = agg
+version-%:
+	uv venv --clear --python $(if $(findstring lowest,$*),3.10,$$(command -v $(PYTHON))) .venv-$*
+	uv pip install --python .venv-$*/bin/python --resolution $* -e '.[dev]'
+	uv pip list --python .venv-$*/bin/python | grep -E '^(fastai|fastcore|timm|torch|torchvision) '
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -m 'not slow' tests/test_contract.py tests/test_reference.py tests/test_callback.py tests/test_teachers.py tests/test_fastai.py
 
 # Run every notebook, or NB=nbs/02_loss.ipynb, and keep what it shows
 run: export MPLBACKEND =
