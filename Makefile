@@ -7,7 +7,7 @@ READY   = $(VENV)/.ready
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo install test test-all lint run prepare readme versions
+.PHONY: demo install test test-all lint run prepare readme versions matrix
 
 demo: $(READY)
 	$(BIN)/fasterdistill_demo
@@ -24,6 +24,11 @@ test-all: lint
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+# The table of what works with what in fastai, in the documentation
+matrix: export MPLBACKEND = agg
+matrix: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_fastai.py --write-matrix --deselect tests/test_fastai.py::test_the_page_says_so
 
 # What every loss promises, on the lowest versions settings.ini allows (Python 3.10) and on the newest, each in an environment of its own; needs uv
 versions: version-lowest-direct version-highest

@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../nbs/90_all.ipynb #c003
+import pkgutil
+from importlib import import_module
+from . import losses
 from .adapters import *
 from .callback import *
 from .checkpoint import *
@@ -14,9 +17,8 @@ from .loss import *
 from .net import *
 from .show import *
 from .teachers import *
-from .losses.attention import *
-from .losses.fcfd import *
-from .losses.fitnet import *
-from .losses.logits import *
 
+_losses = [import_module(f'{losses.__name__}.{m.name}') for m in pkgutil.iter_modules(losses.__path__)]   # one page, one module: none is listed twice
+globals().update({n: getattr(m, n) for m in _losses for n in m.__all__})
+del pkgutil,import_module,losses
 __all__ = [n for n in dir() if n[0]!='_']

@@ -23,16 +23,17 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from .layers import _match,describe,plain,reading,record,rng_kept,stages,tupled
+from .layers import _match,_stance_kept,cloned,describe,plain,reading,record,rng_kept,stages,tupled
 from .loss import TaskLoss,as_loss,check_weight,class_axis,name_terms,task_kind,weigher
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
+from .missing import MissingLabels,_gaps
 from .net import Net,Taps,unhook
 from .teachers import as_teacher,pick,task_criterion
 
 # %% ../nbs/05_callback.ipynb #c005
 def _amp(device):
     "The autocast that is on for `device`, as a function that opens it again; None if none is"
-    return partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
+    return partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type)) if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type) else None
 
 def _cast(v): return plain(v).float() if isinstance(v, torch.Tensor) and v.is_floating_point() else plain(v)
 
@@ -42,13 +43,13 @@ class _Mean:
     def add(self, v):
         self.vs.append(v); self.n += 1
         if len(self.vs)==256: self.vs = [torch.stack(self.vs).sum()]
-    def value(self): return None if not self.n else float(torch.stack([v.double() for v in self.vs]).sum()/self.n)
+    def value(self): return None if not self.n else sum(torch.stack([v.float() for v in self.vs]).tolist())/self.n
 
 class _Side:
     "One of the two networks on the example batch"
     def __init__(self, who, model, xb):
         self.who,self.model,self.xb,self._stages = who,model,xb,None
-        with reading(model): self.rec = record(model, *[o.clone() for o in xb])
+        with reading(model): self.rec = record(model, *cloned(xb))
     @property
     def stages(self):
         if self._stages is None: self._stages = stages(self.model, self.xb, self.rec)
@@ -268,10 +269,11 @@ def _around_fit(self:KnowledgeDistillationCallback, learn):
     s.whole = any(isinstance(t.loss, TaskLoss) for t in s.terms)
     s.agree = self._agreement(learn, s.terms)
     s.means = {n: _Mean() for n in self._column_names(s)}
-    steps,grad = _LearnedParts(self),torch.is_grad_enabled()
+    steps,grad,stance = _LearnedParts(self),torch.is_grad_enabled(),_stance_kept()
     def tidy():
         self._close()
-        torch.set_grad_enabled(grad)               # an interrupt on the way out of a `no_grad` leaves it off
+        steps.give_back()
+        torch.set_grad_enabled(grad); stance()     # an interrupt on the way out of a `no_grad` leaves it off
         learn.remove_cb(steps)
         learn._metrics = learn.metrics.filter(lambda m: not isinstance(m, _Column))
     try:
@@ -309,7 +311,14 @@ def after_epoch(self:KnowledgeDistillationCallback): self._leave_optimizer()
 @patch
 def after_fit(self:KnowledgeDistillationCallback): self._leave_optimizer()
 @patch
+def before_step(self:KnowledgeDistillationCallback):
+    "Come back where another callback has made the optimizer's lists anew, as fasterai's pruning does before every step"
+    s = self._s
+    if s.items is not None and _items(s.opt) is not s.items: s.items = None; self._join_optimizer()
+@patch
 def after_step(self:KnowledgeDistillationCallback):
+    s = self._s
+    if s.items is not None: s.opt_state = {p: tuple(state.get(p, {}) for state in _states(s.opt)) for p in s.open.params}
     if self.teacher is not None: self.teacher.after_step(self.learn)
 
 # %% ../nbs/05_callback.ipynb #c013
@@ -370,6 +379,8 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
         base = task_criterion(learn)
         o.criterion = learn.loss_func if base is learn.loss_func else _Criterion(learn.loss_func, base)
         o.mixer = getattr(learn.loss_func, '__self__', None) if base is not learn.loss_func else None
+        o.labels = self._labels(learn)
+        if o.labels is not None: o.criterion = o.labels.over(o.criterion)
         v = self._example(learn, o, xb, student)
         for t in terms:
             if not t.loss._built: t.loss.build(**self._given(t, v, t.builds))
@@ -387,6 +398,14 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
 def _check_idx(self:KnowledgeDistillationCallback, learn, terms):
     if any(t.names & {'idx','n_items'} for t in terms) and not hasattr(learn.dls.train, 'get_idxs'):
         raise ValueError(f'a loss reads which items are in the batch, which a {type(learn.dls.train).__module__} DataLoader does not tell: make the data with fastai\'s DataLoaders')
+
+@patch
+def _labels(self:KnowledgeDistillationCallback, learn):
+    "The callback that looks after missing labels, if there is one; `ValueError` if there should be"
+    if (cb := next((cb for cb in learn.cbs if isinstance(cb, MissingLabels)), None)) is not None: return cb
+    kind = task_kind(task_criterion(learn))
+    n = max((int(_gaps(y, -100).all(1).sum()) for y in learn.yb if isinstance(y, torch.Tensor) and y.ndim and (y.is_floating_point() or kind!='regression')), default=0)
+    if n: raise ValueError(f'{n} of the {len(learn.yb[0])} items of the first batch have no label (-100 or NaN): with MissingLabels() among the callbacks the task loss and the metrics are over the labelled items, the distillation over all')
 
 @patch
 def _compiled(self:KnowledgeDistillationCallback, learn):
@@ -437,7 +456,7 @@ def _example(self:KnowledgeDistillationCallback, learn, o, xb, student):
     v['target'] = self._target(learn, v['pred'])
     if any('task_loss' in t.names for t in o.terms):
         bare = isinstance(raw, torch.Tensor) or any(hasattr(type(cb), 'after_pred') and not isinstance(cb, MixedPrecision) for cb in learn.cbs)
-        v['task_loss'] = plain(learn.loss_func(v['pred'] if bare else raw, *learn.yb)) if len(learn.yb) else self._no_task(learn, v['pred'])   # a loss function may want all of a tuple or dict, unless a callback reduces it
+        v['task_loss'] = plain((learn.loss_func if o.labels is None else o.labels.over(learn.loss_func))(v['pred'] if bare else raw, *learn.yb)) if len(learn.yb) else self._no_task(learn, v['pred'])   # a loss function may want all of a tuple or dict, unless a callback reduces it
     return v
 
 @patch
@@ -489,16 +508,17 @@ def _learned(self:KnowledgeDistillationCallback, learn, loss):
     return [p for p in loss.parameters() if p.requires_grad and id(p) not in mine]
 
 # %% ../nbs/05_callback.ipynb #c015
+def _items(opt): g = opt.param_lists[-1]; return g.items if isinstance(g, L) else g
+
 @patch
 def _join_optimizer(self:KnowledgeDistillationCallback):
     "Learned parameters go into the last parameter group, whose list is extended in place: schedules have fixed the number of groups by now"
     s,opt,params = self._s,self._s.learn.opt,self._s.open.params
     self.loss.train()
     if not params or s.items is not None: return
-    group = opt.param_lists[-1]
     going_on = s.joined or s.opt is opt and any(st.keys()-{'do_wd','force_train'} for st in _states(opt)[-1].values())   # freeze() clears what the optimizer knows
-    kept,no_wd = s.opt_state if going_on else {},set() if s.learn.wd_bn_bias else {id(p) for p in norm_bias_params(self.loss, True)}
-    s.opt,s.joined,s.items = opt,True,group.items if isinstance(group, L) else group
+    kept,no_wd = s.opt_state if going_on else {},set() if s.learn.wd_bn_bias else {id(p) for p in [*norm_bias_params(self.loss, True),*(p for p in params if not p.ndim)]}   # no decay of biases and norms, as the student's, nor of a single number such as a temperature
+    s.opt,s.joined,s.items = opt,True,_items(opt)
     s.items.extend(params)
     for p in params:
         for state,old in zip(_states(opt), kept.get(p, ({},{}))):
@@ -606,7 +626,8 @@ def _distil(self:KnowledgeDistillationCallback):
     total = None
     with torch.autocast(o.device.type, enabled=False) if amp else nullcontext():
         for t,w in terms:
-            x = t.loss(**self._given(t, v, t.reads))
+            try: x = t.loss(**self._given(t, v, t.reads))
+            except RuntimeError: self._other_width(o, v, t); raise
             self._note(t, x)
             x = x if w==1 else x*w
             total = x if total is None else total+x
@@ -614,6 +635,15 @@ def _distil(self:KnowledgeDistillationCallback):
     if total is None: total = task*0 if s.whole else task
     elif not s.whole: total = task.lerp(total, share)
     learn.loss_grad = total
+
+@patch
+def _other_width(self:KnowledgeDistillationCallback, o, v, t):
+    "`ValueError` where a layer has other channels than at the start of the fit, as pruning leaves them"
+    for who,keys,maps,sizes in (('student',t.keys_s,v.get('maps_s'),o.sizes_s),('teacher',t.keys_t,v.get('maps_t'),o.sizes_t)):
+        for k,n in keys.items():
+            st,now = sizes.get(n),describe(maps[n], v['xb']) if maps and isinstance(maps.get(n), torch.Tensor) else None
+            if st and now and st.channels!=now.channels:
+                raise ValueError(f'{t.loss!r}: {k!r} of the {who} had {st.channels} channels when the fit began and has {now.channels} now, and learned parts were made for {st.channels}: prune before the fit, leave that layer out of the pruning, or use a loss without learned parts')
 
 @patch
 def _values(self:KnowledgeDistillationCallback, o, learn, task, pos, epoch, amp, terms):

@@ -7,6 +7,7 @@ __all__ = ['Checkpoint']
 
 # %% ../nbs/07_checkpoint.ipynb #c002
 import os,random
+from copy import deepcopy
 import numpy as np,torch
 from fastai.callback.core import CancelEpochException,Callback
 from fastai.callback.tracker import TrackerCallback
@@ -29,11 +30,12 @@ def _loader_rngs(learn): return [r for dl in learn.dls.loaders for k in ('rng','
 
 def _rng(learn):
     name,keys,*rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], numpy=(name,keys.tolist(),*rest), random=random.getstate(),
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None, numpy=(name,keys.tolist(),*rest), random=random.getstate(),
                 loaders=[r.get_state() if isinstance(r, torch.Generator) else r.getstate() for r in _loader_rngs(learn)])
 
 def _set_rng(learn, st):
     torch.set_rng_state(st['torch']); np.random.set_state(st['numpy']); random.setstate(st['random'])
+    if st['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(st['mps'])
     if st['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(st['cuda'][:torch.cuda.device_count()])
     for r,o in zip(_loader_rngs(learn), st['loaders'], strict=True): r.set_state(o) if isinstance(r, torch.Generator) else r.setstate(o)
 
@@ -116,4 +118,7 @@ class Checkpoint(Callback):
         _set_rng(learn, self.kept['rng'])
         self.kept = None
     def __reduce__(self): return Callback,()
-    def __deepcopy__(self, memo): return Checkpoint(self.fname, self.resume)
+    def __deepcopy__(self, memo):
+        res = Checkpoint(self.fname, self.resume); memo[id(self)] = res
+        res.learn = deepcopy(self.learn, memo)
+        return res

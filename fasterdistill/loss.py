@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READS', 'DistillLoss', 'Function', 'as_loss', 'Weight', 'ramp', 'after', 'steps', 'check_weight', 'weigher', 'Sum',
            'name_terms', 'TaskLoss', 'FeatureLoss', 'task_kind', 'class_axis', 'ignored_label', 'check_T',
-           'same_classes']
+           'same_classes', 'gather']
 
 # %% ../nbs/02_loss.ipynb #c002
 import inspect,math
@@ -13,7 +13,9 @@ from copy import copy
 from functools import lru_cache,partial,wraps
 from fastcore.meta import PrePostInitMeta
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/02_loss.ipynb #c005
 READS = dict(
@@ -269,6 +271,7 @@ def class_axis(pred, target=None, criterion=None):
     "The axis of the classes: the loss function's own (`axis`; 1 for those of torch), else the one the labels lack, else 1 (the last of a `(B,L,C)` sequence)"
     axis = getattr(criterion, 'axis', None)
     if isinstance(axis, int): return axis % pred.ndim
+    criterion = getattr(criterion, 'func', criterion)                # of a partial, or of what stands before it
     if isinstance(criterion, (nn.CrossEntropyLoss,nn.NLLLoss)) or getattr(criterion, '__name__', '') in ('cross_entropy','nll_loss'): return min(1, pred.ndim-1)
     if target is not None and target.ndim==pred.ndim-1:
         if target.shape==pred.shape[:-1] and pred.ndim!=4: return pred.ndim-1
@@ -290,3 +293,32 @@ def same_classes(pred, teacher_pred, axis=1):
         raise ValueError(f'the student returns {tuple(pred.shape)} and the teacher {tuple(teacher_pred.shape)}: the same classes are expected of both; '
                          'Frozen(teacher, classes=[…]) picks and orders those of the teacher')
     if pred.shape!=teacher_pred.shape: raise ValueError(f'the student returns {tuple(pred.shape)} and the teacher {tuple(teacher_pred.shape)}: the same size is expected of both')
+
+# %% ../nbs/02_loss.ipynb #c121
+class _Gather(torch.autograd.Function):
+    "The rows of all processes; back goes, to each, the sum of what all of them made of its rows"
+    @staticmethod
+    def forward(ctx, z):
+        ctx.n,res = len(z),[torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(res, z)
+        return torch.cat(res)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        g = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(g)
+        return g[dist.get_rank()*ctx.n:][:ctx.n]
+
+def gather(
+    z, # `(B,…)`, with as many rows in each of the `n` processes
+):
+    """`z` of all processes as `(n*B,…)`, in the order of their ranks; `z` itself where there is one process. All of them have to call it.
+    Gradients flow back to every process, summed over what all made of its rows, and are then averaged over processes as all others: a mean over the process's own rows,
+    compared with all gathered ones, trains as one process with the whole batch; so does a loss on gathered rows alone. `ValueError` for unequal numbers of rows."""
+    if not z.ndim: raise ValueError(f'gather({z!r}): expected rows (B,…), this is a single number')
+    if not (dist.is_available() and dist.is_initialized()) or (n := dist.get_world_size())==1: return z
+    mine = torch.tensor([len(z)], device=z.device)
+    rows = [torch.empty_like(mine) for _ in range(n)]
+    dist.all_gather(rows, mine)
+    if len({*(rows := torch.cat(rows).tolist())})>1: raise ValueError(f'gather needs as many rows in each process, here they have {", ".join(map(str, rows))}')
+    return _Gather.apply(z.contiguous())

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from types import SimpleNamespace
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
-from .layers import Info,_eager,find_layer,plain,reading,record,tupled
+from .layers import Info,_eager,cloned,find_layer,plain,reading,record,tupled
 
 # %% ../nbs/01_net.ipynb #c005
 def _item(o, item, name):
@@ -62,7 +62,7 @@ class Taps:
         "Names whose activation is overwritten in place later in the pass; `ValueError` for a layer that does not run"
         with reading(self.model):
             for m in self.model.modules(): m.training = getattr(m, 'inplace', False) is True   # dropout writes in training alone
-            rec = record(self.model, *[o.clone() for o in tupled(x)], keep=self.layers.values())
+            rec = record(self.model, *cloned(tupled(x)), keep=self.layers.values())
         res = set()
         for key,l in self.layers.items():
             if (l.name,l.n,l.kind) not in rec.kept:
@@ -242,8 +242,8 @@ class Net:
     def _cut(self, layer):
         l,now = self._find(layer),self.now
         if (xb := self._example()) is None and now.rec is None: raise ValueError(f'to resume the {self.who} it needs an example input: Net(model, x)')
-        if xb is not None and (sig := [(o.shape[1:],o.dtype) for o in xb])!=now.sig:
-            with reading(self.model): recs = [record(self.model, *f(xb), prints=True) for f in (_same, _flip)]
+        if xb is not None and (sig := [o is not None and (o.shape[1:],o.dtype) for o in xb])!=now.sig:
+            with reading(self.model): recs = [record(self.model, *f(xb), prints=True) for f in (cloned, _flip)]
             now.sig,now.rec,now.cuts = sig,recs[0],{}
             now.fixed = {c.start for c,p,d,q in zip(*(o for r in recs for o in (r.calls,r.prints))) if p and p==q and c[1:3]==d[1:3]} # no input changes these
         if layer not in now.cuts: now.cuts[layer] = self._try(layer, l, xb)
@@ -260,7 +260,7 @@ class Net:
             if done(c.start) and not done(c.parent) and c.start not in self.now.fixed: before.setdefault(c.module, []).append(c.out)
         ran = {n for n,t in (self.taps.layers if self.taps else {}).items() if (w := rec.when(t)) is not None and w>when}
         root = find_layer(self.model, 'output')
-        with reading(self.model): full = record(self.model, *_same(xb), keep=[l,root], copy=True, prints=True)
+        with reading(self.model): full = record(self.model, *cloned(xb), keep=[l,root], copy=True, prints=True)
         z = _item(full.kept[l.name,l.n,l.kind][0], l.item, layer)
         if not isinstance(z, torch.Tensor): return _Cut(l, call, before, ran, None, f'{what}: it hands over a {type(z).__name__} there, not a tensor; an item of it may do, as in {layer+"[0]"!r}')
         cut = _Cut(l, call, before, ran, Info(tuple(z.shape), z.dtype))
@@ -287,5 +287,4 @@ class Net:
             read = [o for o in read if isinstance(o, torch.Tensor) and o.requires_grad]
             return not read or not leaves or not any(g is not None for o in read for g in torch.autograd.grad(o.float().sum(), leaves, retain_graph=True, allow_unused=True))
 
-def _same(xb): return [o.clone() for o in xb]
-def _flip(xb): return [o.flip(list(range(o.ndim)) if o.is_floating_point() else [0]) for o in xb]     # the columns of a table have categories of their own
+def _flip(xb): return [o if o is None else o.flip(list(range(o.ndim)) if o.is_floating_point() else [0]) for o in xb]     # the columns of a table have categories of their own

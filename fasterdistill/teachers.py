@@ -7,12 +7,18 @@ __all__ = ['Teacher', 'pick', 'task_criterion', 'Frozen', 'Ensemble', 'Called', 
 
 # %% ../nbs/04_teachers.ipynb #c002
 import inspect,math
+from collections import Counter
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner,load_learner
+from fastai.tabular.core import Categorify,FillMissing,Tabular,TabularProc
+from fastai.text.data import LMDataLoader,Numericalize,Pad_Chunk,Pad_Input
 from fastai.torch_core import get_model
+from fastcore.basics import patch
 from torch import nn
 from .layers import plain,tupled
 from .loss import DistillLoss,class_axis,task_kind
@@ -54,17 +60,21 @@ def _normalize(dls):
     return next((t for t in getattr(getattr(dls, 'after_batch', None), 'fs', ()) if isinstance(t, Normalize)), None)
 
 def _vocabs(dls):
-    "What the outputs are called, and what comes before it in a text Learner's vocab: `(classes, tokens)`"
-    v = getattr(dls, 'vocab', None)
-    if v is None or not len(v): return None,None
-    if not isinstance(v[0], str) and hasattr(v[0], '__len__'): return list(v[-1]),list(v[0]) if len(v)>1 else None
-    return list(v),None
+    "What the outputs are called, and for each input that is a text its tokens: `(classes, [tokens or None, …])`"
+    v,tls = getattr(dls, 'vocab', None),getattr(getattr(dls, 'train_ds', None), 'tls', ())
+    tokens = [next((list(f.vocab) for f in tl.tfms.fs if isinstance(f, Numericalize)), None) for tl in tls[:getattr(dls, 'n_inp', None)]]
+    if v is None or not len(v): return None,tokens
+    vs = [list(o) for o in v] if not isinstance(v[0], str) and hasattr(v[0], '__len__') else [list(v)]
+    if isinstance(dls.train, LMDataLoader): return vs[0],vs[:1]        # a language model predicts the tokens it reads
+    if not any(tokens): tokens = vs[:1] if len(vs)>1 else []
+    return vs[-1] if len(vs)>sum(map(bool, tokens)) else None,tokens
 
-def _some(os, n=5): os = list(os); return ', '.join(map(repr, os[:n])) + (f' and {len(os)-n} more' if len(os)>n else '')
+def _some(os, n=5): os = [getattr(o, 'item', lambda: o)() for o in os]; return ', '.join(map(repr, os[:n])) + (f' and {len(os)-n} more' if len(os)>n else '')
 
+# %% ../nbs/04_teachers.ipynb #c007a
 class Frozen(Teacher):
     """A network that is asked and not changed: on the Learner's device, in evaluation mode and without gradients for the time of a fit.
-    `model` may be a module, a Learner (which brings its classes and its normalisation) or the path of an exported one.
+    `model` may be a module, a Learner (which brings its classes, its normalisation, its tokens and what it does to the columns of a table) or the path of an exported one.
     `ValueError` where classes or inputs differ in a way that cannot be converted."""
     def __init__(self,
         model,               # A module, a `Learner`, or the path of an exported `Learner`
@@ -72,7 +82,7 @@ class Frozen(Teacher):
         std=None,            # Deviations, likewise
         size=None,           # Height and width its inputs are resized to, or one number for both
         classes=None,        # For each class of the student the teacher's output (numbers), or the names of the teacher's outputs
-        inputs=None,         # Which inputs it gets: a position, a list of them, or a function of the inputs
+        inputs=None,         # Which inputs it gets: a position, a list of them, or a function of the inputs; a dict that it returns holds arguments by name
         output=None,         # Where its prediction is in a tuple or dict: a position, a key or a function
         probabilities=False, # Whether it returns probabilities, not logits
     ):
@@ -84,87 +94,227 @@ class Frozen(Teacher):
         if not isinstance(self.model, nn.Module): raise TypeError(f'Frozen({type(model).__name__}): expected a module, a Learner or the path of an exported one')
         if (mean is None)!=(std is None): raise ValueError('mean and std belong together: give both or neither')
         self.mean,self.std,self.size,self.classes,self.inputs,self.output,self.probabilities = mean,std,(size,size) if isinstance(size, int) else size,classes,inputs,output,probabilities
-        self._scale,self._pick,self._was,self._kind,self._axis = None,None,None,None,1
+        self._scale,self._codes,self._pick,self._was,self._kind = (None,)*5
     def __repr__(self): return f'Frozen({type(self.model).__name__})'
 
-    def setup(self, learn):
-        self.close()
-        self._kind,self._criterion = task_kind(task_criterion(learn)),task_criterion(learn)
-        device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
-        self._inputs_of(learn, device); self._classes_of(learn, device)
-        self._was = [(m, m.training) for m in self.model.modules()],[(p, p.requires_grad) for p in self.model.parameters()]
-        self.model.to(device).eval().requires_grad_(False)
+# %% ../nbs/04_teachers.ipynb #c007d
+@patch
+def setup(self:Frozen, learn):
+    self.close()
+    self._kind,self._criterion = task_kind(task_criterion(learn)),task_criterion(learn)
+    device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
+    self._codes_of(learn, device); self._scale_of(learn, device); self._classes_of(learn, device)
+    self._was = [(m, m.training) for m in self.model.modules()],[(p, p.requires_grad) for p in self.model.parameters()]
+    self.model.to(device).eval().requires_grad_(False)
 
-    def close(self):
-        if self._was is None: return
-        for m,t in self._was[0]: m.training = t
-        for p,r in self._was[1]: p.requires_grad_(r)
-        self._was = None
+@patch
+def close(self:Frozen):
+    if self._was is None: return
+    for m,t in self._was[0]: m.training = t
+    for p,r in self._was[1]: p.requires_grad_(r)
+    self._was = None
 
-    def reset(self):
-        if hasattr(self.model, 'reset'): self.model.reset()
+@patch
+def reset(self:Frozen):
+    if hasattr(self.model, 'reset'): self.model.reset()
 
-    def _inputs_of(self, learn, device):
-        "How the student's inputs become the teacher's"
-        mine,tl = _normalize(learn.dls),self.learner
-        if tl is not None:
-            n,m = getattr(learn.dls, 'n_inp', None),getattr(tl.dls, 'n_inp', None)
-            if self.inputs is None and None not in (n,m) and n!=m: raise ValueError(f'the teacher Learner takes {m} input(s), the student {n}: say which with Frozen(teacher, inputs=…)')
-            a,b = _vocabs(learn.dls)[1],_vocabs(tl.dls)[1]
-            if a!=b and None not in (a,b):
-                at = next((i for i,(p,q) in enumerate(zip(a, b)) if p!=q), min(len(a), len(b)))
-                raise ValueError(f'the teacher reads other token numbers than the student: number {at} is {_some(b[at:at+1]) or "missing"} for the teacher and {_some(a[at:at+1]) or "missing"} for the student; '
-                                 'make the student\'s data with the teacher\'s vocab')
-        theirs = _normalize(tl.dls) if tl is not None else None
-        stats = lambda o: None if o is None else (o.mean.to(device), o.std.to(device))
-        vec = lambda o: torch.as_tensor(o, dtype=torch.float32, device=device).view(1,-1,1,1)
-        to = (vec(self.mean), vec(self.std)) if self.mean is not None else stats(theirs)
-        frm = stats(mine)
-        self._scale = None
-        if to is None and (tl is None or frm is None): return              # a bare module sees what the student sees
-        one,nil = torch.ones(1,1,1,1, device=device),torch.zeros(1,1,1,1, device=device)
-        (m0,s0),(m1,s1) = frm or (nil,one),to or (nil,one)
-        if m0.shape==m1.shape and torch.equal(m0, m1) and torch.equal(s0, s1): return
-        self._scale = plain(s0/s1),plain((m0-m1)/s1)
+# %% ../nbs/04_teachers.ipynb #c007e
+@patch
+def inp(self:Frozen, *xb):
+    xb = tuple(plain(x) for x in (xb if self.inputs is None else self._chosen(xb)))
+    if self._codes is not None: xb = self._codes(*xb)
+    if self._scale is not None: xb = torch.addcmul(self._scale[1].to(xb[0].dtype), xb[0], self._scale[0].to(xb[0].dtype)),*xb[1:]
+    if self.size is not None and tuple(xb[0].shape[-2:])!=tuple(self.size): xb = F.interpolate(xb[0], self.size, mode='bilinear', align_corners=False, antialias=True),*xb[1:]
+    return xb
 
-    def _classes_of(self, learn, device):
-        "How the teacher's outputs become the student's"
-        mine,theirs,self._pick = _vocabs(learn.dls)[0],self.classes,None
-        if theirs is None and self.learner is not None:
-            theirs = _vocabs(self.learner.dls)[0]
-            if mine is None: theirs = None
-        if theirs is None: return
-        theirs = list(theirs)
-        if all(isinstance(c, int) and not isinstance(c, bool) for c in theirs) and self.classes is not None: idx = theirs
-        else:
-            if mine is None: raise ValueError('classes= names the teacher\'s outputs, but the Learner\'s data has no vocab to find them in: give numbers, one for each class of the student')
-            names = {str(c):i for i,c in enumerate(theirs)}
-            if (lost := [c for c in mine if str(c) not in names]):
-                raise ValueError(f'the teacher does not know {len(lost)} of the student\'s {len(mine)} classes: {_some(lost)}; it knows {_some(theirs)}')
-            idx = [names[str(c)] for c in mine]
-            if idx==list(range(len(theirs))): return
-        self._pick = torch.tensor(idx, device=device)
+@patch
+def out(self:Frozen, o):
+    o = pick(o, self.output, 'teacher')
+    if not isinstance(o, torch.Tensor): return o
+    axis = class_axis(o, criterion=self._criterion) if o.ndim>1 and self._was is not None else min(1, o.ndim-1)
+    if self.probabilities: o = o.clamp(1e-12).log() if self._kind!='multi' else o.clamp(1e-7, 1-1e-7).logit()
+    if self._pick is not None:
+        if (top := max(self._max(), 0)) >= o.shape[axis]: raise ValueError(f'classes= asks for output {top}, the teacher has {o.shape[axis]} (numbered from 0)')
+        o = o.index_select(axis, self._pick)
+    return o
 
-    def inp(self, *xb):
-        if self.inputs is not None: xb = tupled(self.inputs(*xb)) if callable(self.inputs) else tuple(xb[i] for i in ([self.inputs] if isinstance(self.inputs, int) else self.inputs))
-        xb = tuple(plain(x) for x in xb)
-        if self._scale is not None: xb = torch.addcmul(self._scale[1].to(xb[0].dtype), xb[0], self._scale[0].to(xb[0].dtype)),*xb[1:]
-        if self.size is not None and tuple(xb[0].shape[-2:])!=tuple(self.size): xb = F.interpolate(xb[0], self.size, mode='bilinear', align_corners=False, antialias=True),*xb[1:]
-        return xb
+@patch
+def _max(self:Frozen):
+    "The largest of the classes picked, read once"
+    if getattr(self, '_top', (None,))[0] is not self._pick: self._top = self._pick,int(self._pick.max())
+    return self._top[1]
 
-    def out(self, o):
-        o = pick(o, self.output, 'teacher')
-        if not isinstance(o, torch.Tensor): return o
-        axis = class_axis(o, criterion=self._criterion) if o.ndim>1 and self._was is not None else min(1, o.ndim-1)
-        if self.probabilities: o = o.clamp(1e-12).log() if self._kind!='multi' else o.clamp(1e-7, 1-1e-7).logit()
-        if self._pick is not None:
-            if (top := max(self._max(), 0)) >= o.shape[axis]: raise ValueError(f'classes= asks for output {top}, the teacher has {o.shape[axis]} (numbered from 0)')
-            o = o.index_select(axis, self._pick)
-        return o
-    def _max(self):
-        "The largest of the classes picked, read once"
-        if getattr(self, '_top', (None,))[0] is not self._pick: self._top = self._pick,int(self._pick.max())
-        return self._top[1]
+# %% ../nbs/04_teachers.ipynb #c007b
+@patch
+def _chosen(self:Frozen, xb):
+    "The inputs that `inputs` asks for; arguments by name are put in the order of the network's `forward`"
+    if not callable(self.inputs): return tuple(xb[i] for i in ([self.inputs] if isinstance(self.inputs, int) else self.inputs))
+    o = self.inputs(*xb)
+    if not isinstance(o, dict): return tupled(o)
+    if (odd := [k for k in o if k not in self._params]): raise ValueError(f'inputs= returns {_some(odd)}, which {type(self.model).__name__} does not take; it takes {_some(self._params, 12)}')
+    params = list(self._params)[:1+max(map(list(self._params).index, o))]
+    return tuple(o.get(k, self._params[k]) for k in params)
+
+@patch(as_prop=True)
+def _params(self:Frozen):
+    "What the network can be given by position, with the defaults"
+    ps = inspect.signature(getattr(self.model, '_orig_mod', self.model).forward).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in ps if p.kind==p.POSITIONAL_OR_KEYWORD}
+
+# %% ../nbs/04_teachers.ipynb #c007f
+@patch
+def _scale_of(self:Frozen, learn, device):
+    "How the student's pictures become the teacher's"
+    tl = self.learner
+    stats = lambda dls: None if (o := _normalize(dls)) is None else (o.mean.to(device), o.std.to(device))
+    vec = lambda o: torch.as_tensor(o, dtype=torch.float32, device=device).view(1,-1,1,1)
+    to = (vec(self.mean), vec(self.std)) if self.mean is not None else stats(tl.dls) if tl is not None else None
+    frm,self._scale = stats(learn.dls),None
+    if to is None and (tl is None or frm is None): return              # a bare module sees what the student sees
+    one,nil = torch.ones(1,1,1,1, device=device),torch.zeros(1,1,1,1, device=device)
+    (m0,s0),(m1,s1) = frm or (nil,one),to or (nil,one)
+    if m0.shape==m1.shape and torch.equal(m0, m1) and torch.equal(s0, s1): return
+    self._scale = plain(s0/s1),plain((m0-m1)/s1)
+
+# %% ../nbs/04_teachers.ipynb #c007c
+def _numbered(names):
+    "Each name with how many of the same come before it (a vocab of tokens has several 'xxfake')"
+    n = Counter()
+    return [(str(o),(n.update([str(o)]),n[str(o)]-1)[1]) for o in names]
+
+@patch
+def _classes_of(self:Frozen, learn, device):
+    "How the teacher's outputs become the student's"
+    (mine,tokens),theirs,self._pick = _vocabs(learn.dls),self.classes,None
+    if theirs is None and self.learner is not None and mine is not None: theirs = _vocabs(self.learner.dls)[0]
+    if theirs is None: return
+    theirs = list(theirs)
+    if all(isinstance(c, int) and not isinstance(c, bool) for c in theirs) and self.classes is not None: idx = theirs
+    else:
+        if mine is None: raise ValueError('classes= names the teacher\'s outputs, but the Learner\'s data has no vocab to find them in: give numbers, one for each class of the student')
+        names = {c:i for i,c in enumerate(_numbered(theirs))}
+        if (lost := [c for c,k in zip(mine, _numbered(mine), strict=True) if k not in names]):
+            what,lost = 'tokens' if tokens and mine==tokens[0] else 'classes',[c for c in lost if c!='xxfake'] or lost
+            raise ValueError(f'the teacher does not know {len(lost)} of the student\'s {len(mine)} {what}: {_some(lost)}; it knows {_some(theirs)}')
+        idx = [names[k] for k in _numbered(mine)]
+        if idx==list(range(len(theirs))): return
+    self._pick = torch.tensor(idx, device=device)
+
+# %% ../nbs/04_teachers.ipynb #c012a
+def _table(dls):
+    "What a tabular Learner's data does to its columns; None for other data"
+    to = getattr(dls, 'train_ds', None)
+    if not isinstance(to, Tabular): return None
+    of = lambda proc,k: {n: v for p in to.procs.fs if isinstance(p, proc) for n,v in getattr(p, k, {}).items()}
+    return SimpleNamespace(cats=list(to.cat_names), conts=list(to.cont_names), classes={n: list(v) for n,v in of(Categorify, 'classes').items()}, used=lambda n: {*to.items[n].unique()},
+                           fills=of(FillMissing, 'na_dict'), means=of(Normalize, 'means'), stds=of(Normalize, 'stds'),
+                           other=[type(p).__name__ for p in to.procs.fs if isinstance(p, TabularProc) and not isinstance(p, (Categorify,FillMissing))])
+
+# %% ../nbs/04_teachers.ipynb #c012m
+@patch
+def _codes_of(self:Frozen, learn, device):
+    "How the numbers that stand for tokens and categories become the teacher's"
+    self._codes,tl = None,self.learner
+    if tl is None or callable(self.inputs): return
+    n,m = getattr(learn.dls, 'n_inp', None),getattr(tl.dls, 'n_inp', None)
+    if self.inputs is None and None not in (n,m) and n!=m: raise ValueError(f'the teacher Learner takes {m} input(s), the student {n}: say which with Frozen(teacher, inputs=…)')
+    a,b = _table(learn.dls),_table(tl.dls)
+    if a is not None and b is not None:
+        if self.inputs is not None: raise ValueError(f'inputs={self.inputs!r}: the columns of a table are found by name; leave inputs= out, or give a function that makes both inputs')
+        self._codes = None if _alike(a, b) else _Columns(a, b, device)
+        return
+    a,b = _vocabs(learn.dls)[1],_vocabs(tl.dls)[1]
+    if a and self.inputs is not None: a = [a[i] if i<len(a) else None for i in ([self.inputs] if isinstance(self.inputs, int) else self.inputs)]
+    tables = [_token_table(p, q, device) for p,q in zip_longest(a, b)]
+    if all(t is None for t in tables): return
+    for who,dls in (('student',learn.dls),('teacher',tl.dls)): _check_padding(who, dls)
+    self._codes = _Tokens(tables)
+
+# %% ../nbs/04_teachers.ipynb #c012b
+def _token_table(mine, theirs, device):
+    "For each token number of the student the teacher's; None where they are the same, `ValueError` where the student's 'xxunk' hides tokens that the teacher knows"
+    if mine==theirs or None in (mine,theirs): return None
+    if (lost := [t for t in dict.fromkeys(theirs) if t not in {*mine,'xxfake'}]):
+        raise ValueError(f'the student does not know {len(lost)} of the teacher\'s {len(theirs)} tokens: {_some(lost)}; where its texts had them cannot be told from its numbers. '
+                         'Make the student\'s data with the teacher\'s vocab: TextBlock.from_df(…, vocab=…), or text_vocab=… for TextDataLoaders')
+    known = {t:i for i,t in enumerate(theirs)}
+    return torch.tensor([known.get(t, 0) for t in mine], device=device)                  # 0 is what Numericalize gives a token it does not know
+
+def _check_padding(who, dls):
+    "`ValueError` where texts are filled up with the number of a word"
+    v = next(filter(None, _vocabs(dls)[1]))
+    pad = next((getattr(f, 'pad_idx', 1) for f in getattr(dls.train, 'before_batch', None) or () if isinstance(f, (Pad_Chunk,Pad_Input))), None)
+    if pad is not None and v[pad]!='xxpad': raise ValueError(f'the {who}\'s texts are padded with the number {pad}, which is {v[pad]!r} in its vocab: before_batch=Pad_Chunk(pad_idx=…) says where \'xxpad\' is')
+
+class _Tokens:
+    "Token numbers as the teacher has them, for each input that has a table"
+    def __init__(self, tables): self.tables = tables
+    def __call__(self, *xb): return (*(x if t is None else t[x] for x,t in zip(xb, self.tables)),*xb[len(self.tables):])
+
+# %% ../nbs/04_teachers.ipynb #c012c
+def _alike(a, b): return all(getattr(a, k)==getattr(b, k) for k in ('cats','conts','classes','fills','means','stds','other'))
+
+class _Columns:
+    """Categories and numbers of the student's table as the teacher's own data would have them; `ValueError` naming the columns where that cannot be told.
+    A batch's codes and, after them, which of its numbers are NaN, are one table to look things up in."""
+    def __init__(self, mine, theirs, device):
+        self.mine,self.theirs = mine,theirs
+        bad = [f'it goes through {_some(o.other) or "no other steps"} ({who})' for who,o in (('the student\'s',mine),('the teacher\'s',theirs))] if mine.other!=theirs.other else []
+        cats,conts = ([f(n, bad) for n in ns] for f,ns in ((self._cat, theirs.cats), (self._cont, theirs.conts)))
+        if bad: raise ValueError(f'the teacher cannot be given the student\'s table: {"; ".join(bad)}')
+        sizes = [len(t) for _,t in cats]
+        as_long = lambda o: torch.tensor(o, dtype=torch.long, device=device)
+        as_wide = lambda o: torch.tensor(o, dtype=torch.float32 if device.type=='mps' else torch.float64, device=device)
+        self.cat_at,self.table,self.start = as_long([i for i,_ in cats]),as_long(sum((t for _,t in cats), [])),as_long([sum(sizes[:i]) for i in range(len(sizes))])
+        at,na,code,scale,shift,fill = zip(*conts) if conts else ((),)*6
+        self.cont_at,self.na_at,self.na_code,self.scale,self.shift,self.fill = *map(as_long, (at,na,code)),*map(as_wide, (scale,shift,fill))
+        del self.mine,self.theirs                             # the rows of the student are not to be kept
+
+    def __call__(self, cat, *cont):
+        x = cont[0] if cont else cat.new_zeros(len(cat), 0, dtype=torch.float32)
+        codes = torch.cat([cat, x.isnan().to(cat.dtype)], 1)
+        new = x[:,self.cont_at].to(self.scale.dtype)*self.scale+self.shift
+        new = torch.where(codes[:,self.na_at]==self.na_code, self.fill, new).to(x.dtype)
+        return self.table[codes[:,self.cat_at]+self.start],*[new]*len(cont)
+
+# %% ../nbs/04_teachers.ipynb #c012d
+@patch
+def _missing(self:_Columns, c):
+    "Where, and with which code, the student's data says that column `c` was missing; None if it does not"
+    mine,na = self.mine,f'{c}_na'
+    if c not in mine.fills: return len(mine.cats)+mine.conts.index(c),1
+    return (mine.cats.index(na),mine.classes[na].index(True)) if na in mine.cats and na in mine.classes else None
+
+@patch
+def _cat(self:_Columns, n, bad):
+    "Where the teacher's category column `n` is found, and the teacher's code for each code there"
+    mine,theirs,c = self.mine,self.theirs,n.removesuffix('_na')
+    if n not in theirs.classes or n in mine.cats and n not in mine.classes: bad.append(f'{n!r} does not go through Categorify'); return 0,[]
+    known = {o:i for i,o in enumerate(theirs.classes[n])}
+    if n in mine.cats:
+        used = mine.used(n)
+        if (lost := [o for i,o in enumerate(mine.classes[n]) if i in used and o not in known]): bad.append(f'in {n!r} the teacher does not know {_some(lost)}; it knows {_some(theirs.classes[n][1:])}')
+        return mine.cats.index(n),[known.get(o, 0) for o in mine.classes[n]]
+    if n!=c and c in theirs.fills and c in mine.conts:
+        if (at := self._missing(c)): return at[0],[known.get(False, 0),known.get(True, 0)]
+        bad.append(f'{n!r} is not in the student\'s, which fills missing values of {c!r} and does not say where: FillMissing(add_col=True) does')
+    else: bad.append(f'{n!r} is ' + ('a number for the student and a category for the teacher' if n in mine.conts else f'missing; the student has {_some(mine.cats+mine.conts, 12)}'))
+    return 0,[]
+
+# %% ../nbs/04_teachers.ipynb #c012n
+@patch
+def _cont(self:_Columns, n, bad):
+    "Where the teacher's number column `n` is found, where and with which code it says that it was missing, how it is scaled and shifted, and the teacher's fill"
+    mine,theirs = self.mine,self.theirs
+    if n not in mine.conts:
+        bad.append(f'{n!r} is ' + ('a category for the student and a number for the teacher' if n in mine.cats else f'missing; the student has {_some(mine.cats+mine.conts, 12)}'))
+        return 0,0,-1,1.,0.,0.
+    (m0,s0),(m1,s1) = ((float(o.means.get(n, 0)),float(o.stds.get(n, 1))) for o in (mine,theirs))
+    a,b = mine.fills.get(n),theirs.fills.get(n)
+    at = self._missing(n) if a!=b else None
+    if a is not None and b is None: bad.append(f'{n!r} has missing values in the student\'s data, and had none in the teacher\'s')
+    elif a!=b and at is None: bad.append(f'missing values of {n!r} are filled with {a:.4g} for the student and {b:.4g} for the teacher, and where is not said: FillMissing(add_col=True) does')
+    return mine.conts.index(n),*(at or (0,-1)),s0/s1,(m0-m1)/s1,0. if b is None else (float(b)-m1)/s1
 
 # %% ../nbs/04_teachers.ipynb #c014
 class Ensemble(Teacher):
@@ -206,8 +356,9 @@ class Called(Teacher):
     def __init__(self, f): self.f = f
     def __repr__(self): return f'Called({getattr(self.f, "__name__", type(self.f).__name__)})'
     def forward(self, xb):
-        try: return self.f(*xb)
+        try: o = self.f(*xb)
         except Exception as e: raise ValueError(f'the teacher {self!r} is a function of the inputs and failed on them ({type(e).__name__}: {e}); if it makes a network, give what it makes') from e
+        return pick(o, who='teacher') if isinstance(o, (dict,tuple)) else o
 
 def as_teacher(o):
     "`o` as a `Teacher`: a module, a Learner, the path of an exported Learner, a function of the inputs, a list of these, a `Teacher` already, or None; `TypeError` otherwise"

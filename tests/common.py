@@ -19,6 +19,7 @@ from torch import nn
 
 from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.loss import DistillLoss
+from fasterdistill.missing import MissingLabels
 
 _d = load_digits()
 X,Y = torch.tensor(_d.images/16, dtype=torch.float32)[:,None],torch.tensor(_d.target)
@@ -69,7 +70,7 @@ def left(learn, *teachers):
         if sorted(id(p) for pg in learn.opt.param_lists for p in pg)!=sorted(mine): res.append('optimizer')
         for opt in [learn.opt]+([learn.opt.opt] if hasattr(learn.opt, 'opt') else []): res += ['optimizer state']*bool({id(p) for p in opt.state if isinstance(p, torch.Tensor)}-set(mine))
     res += [f'metric {m.name}' for m in learn.metrics if m.name!='accuracy']
-    res += [cb.name for cb in learn.cbs if type(cb).__module__.startswith('fasterdistill') and not isinstance(cb, KD)]
+    res += [cb.name for cb in learn.cbs if type(cb).__module__.startswith('fasterdistill') and not isinstance(cb, (KD,MissingLabels))]
     res += ['get_idxs']*('get_idxs' in vars(learn.dls.train))
     for t in teachers: res += ['teacher flags']*(not all(p.requires_grad for p in t.parameters())) + ['teacher mode']*(not all(m.training for m in t.modules())) + ['teacher gradients']*any(p.grad is not None for p in t.parameters())
     return res

@@ -4,6 +4,7 @@ A cell is ✓ where a fit with the callback does what the same fit does whose lo
 What a single fit computes and leaves alone, and every way out of it, is in test_callback.py; the table is printed at the end."""
 import copy
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,22 +24,29 @@ from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback,Term
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,LabelSmoothingCrossEntropyFlat,MSELossFlat
 from fastai.optimizer import OptimWrapper
-from fastai.tabular.core import Categorify,FillMissing,Normalize,TabularPandas
+from fastai.tabular.core import Categorify,FillMissing,FillStrategy,Normalize,TabularPandas
 from fastai.tabular.model import TabularModel,get_emb_sz
 from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_clas_config,awd_lstm_lm_config
 from fastai.text.models.core import get_language_model,get_text_classifier
 from fastai.torch_core import TensorImage
 from fastai.vision.models.unet import DynamicUnet
+from fastcore.basics import noop
 from sklearn import datasets
+import test_processes
 from test_callback import HalfCPU
+from test_unlabelled import dls as unlabelled
 from torch import nn
+from transformers import ViTConfig,ViTForImageClassification
 
+from fasterdistill.checkpoint import Checkpoint
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.missing import MissingLabels
 from fasterdistill.net import Net
 from fasterdistill.teachers import Frozen
 
@@ -54,6 +62,8 @@ def kl(s, t, axis=1, T=4.):
 def bernoulli(s, t, T=1.): p,q = (t/T).sigmoid(),(s/T).sigmoid(); return T*T*(p*(p/q).log()+(1-p)*((1-p)/(1-q)).log()).mean()
 
 def layer(model, name): return model.get_submodule(name.split('[')[0]),(int(name[:-1].split('[')[1]) if '[' in name else None)
+
+def grid_of(q, o): return q if q.ndim==o.ndim else q[:,1:].transpose(1, 2).reshape(o.shape)      # tokens, the class token left out
 
 class Formula(nn.Module):
     def __init__(self, f): super().__init__(); self.f = f
@@ -100,7 +110,7 @@ class Written:
         s,fs,ft = pred.as_subclass(torch.Tensor).float(),{n: self.fm[n].as_subclass(torch.Tensor).float() for n in self.s},{n: z[n].float() for n in self.t}
         with torch.autocast('cpu', enabled=False):
             if self.term is None: return self.task.kd(s, t, yb[0])
-            if self.column==columns[1]: return sum((a(p)-q).pow(2).mean() for a,p,q in zip(self.term.adapters, fs.values(), ft.values(), strict=True))
+            if self.column==columns[1]: return sum((o-grid_of(q, o)).pow(2).mean() for o,q in ((a(p),q) for a,p,q in zip(self.term.adapters, fs.values(), ft.values(), strict=True)))
             if self.shape!=self.xb[0].shape[1:]:
                 self.shape,self.nets = self.xb[0].shape[1:],[Net(m, self.xb, n, out=self.task.select) for m,n in ((self.learn.model,self.s),(self.teacher,self.t))]
                 assert not any(n.why_not(k) for n in self.nets for k in n.layers)
@@ -115,6 +125,7 @@ class Task(SimpleNamespace):
     found = ['layer1','layer2','layer3']
     told,cuts,output,lr = None,None,None,lr
     make = staticmethod(lambda w, s: net(w, s=s))
+    taught = staticmethod(lambda t: t)                                  # the same teacher as the callback gets it
     loss = CrossEntropyLossFlat
     cbs = staticmethod(lambda: [])
     select = staticmethod(lambda o: o)
@@ -134,14 +145,15 @@ class Task(SimpleNamespace):
 def fit(learn, cbs): learn.fit(2, cbs=cbs)
 
 class Way(SimpleNamespace):
-    "`run(learn, cbs)`, with what the Learner is made of; `again` what the other opinion does instead, where the fit should change nothing"
+    "`run(learn, cbs)`, with what the Learner is made of; `other` says what differs for the other opinion, where the row should change nothing"
     run = staticmethod(fit)
-    again,weight,splitter,tol,cut = None,None,None,1e-5,False
+    other,weight,splitter,tol,cut = None,None,None,1e-5,False
     make = staticmethod(lambda: {})
+    student = teacher = staticmethod(lambda m: m)
 
 def made(task, way, path):
     m = task.make(4, 0).train(); seed(2)
-    learn = learner(m, way.dls() if 'dls' in vars(way) else task.dls(), loss_func=(way.loss if 'loss' in vars(way) else task.loss)(), metrics=[], path=path, cbs=task.cbs(), **way.make())
+    learn = learner(way.student(m), way.dls() if 'dls' in vars(way) else task.dls(), loss_func=(way.loss if 'loss' in vars(way) else task.loss)(), metrics=[], path=path, cbs=task.cbs(), **way.make())
     if way.splitter: learn.splitter = way.splitter
     learn.lr = task.lr
     return learn
@@ -152,21 +164,22 @@ class Seen(Callback):
     def __init__(self): self.vals = []
     def before_backward(self): self.vals.append(self.learn.loss_grad.item())
 
-def outcome(learn, res, seen): return dict(weights=state(learn.model), losses=seen.vals, valid=[[*o][1:2] for o in learn.recorder.values], res=res, rows=len(learn.recorder.losses))
+def outcome(learn, res, seen): return dict(weights=state(learn.model), losses=seen.vals, valid=[v for o in learn.recorder.values for v in [*o][1:2] if isinstance(v, float)], res=res, rows=len(learn.recorder.losses))
 
 def compare(task, column, path, way):
-    teacher = task.make(8, 1).train()
+    teacher,ref = way.teacher(task.make(8, 1).train()),Way(**{**vars(way), **(way.other or {})})
     # with the callback
-    learn,seen,built = made(task, way, path/'a'),Seen(),[]
-    had,was = left(learn, teacher),state(teacher)
-    cb = task.callback(column, teacher, way.weight)
+    learn,seen,built,given = made(task, way, path/'a'),Seen(),[],task.taught(teacher)
+    asked = given.model if isinstance(given, Learner) else given
+    had,was = left(learn, asked),state(asked)
+    cb = task.callback(column, given, way.weight)
     start = At('after_pred', lambda l: l.training and not built and built.append(copy.deepcopy(cb.loss)))
     seed(3); res = way.run(learn, [cb,start,seen])
-    assert left(learn, teacher)==had and (cb.history or way.cut)
-    assert_same(was, state(teacher), 'the teacher')
+    assert left(learn, asked)==had and (cb.history or way.cut)
+    assert_same(was, state(asked), 'the teacher')
     a = outcome(learn, res, seen)
     # written into the loss function
-    learn,seen = made(task, way, path/'b'),Seen()
+    learn,seen,teacher = made(task, ref, path/'b'),Seen(),ref.teacher(task.make(8, 1).train())
     own = Written(learn.loss_func, learn, task, column, teacher, built[0], way.weight)
     learn.loss_func = own
     split = learn.splitter
@@ -176,7 +189,7 @@ def compare(task, column, path, way):
     learn.splitter = splitter
     clip = At('before_step', lambda l: [nn.utils.clip_grad_norm_(own.parameters(), c.max_norm, c.norm_type) for c in l.cbs if isinstance(c, GradientClip) and own.parameters()], order=GradientClip.order+1)
     reset = At('before_train', lambda l: teacher.reset() if hasattr(teacher, 'reset') else None)
-    seed(3); res = (way.again or way.run)(learn, [clip,reset,seen])
+    seed(3); res = ref.run(learn, [clip,reset,seen])
     for h in own.handles: h.remove()
     b = outcome(learn, res, seen)
     # must be one
@@ -230,15 +243,50 @@ def sharp(m):
         for p in m.parameters(): p.mul_(4)
     return m
 
-def table():
-    "scikit-learn's wines: three columns in classes, one of them with gaps, four numbers, some missing"
+def wines():
+    "scikit-learn's: three columns in classes, one of them with gaps, four numbers, some missing"
     d = datasets.load_wine(as_frame=True).frame
     d = d.sample(frac=1, random_state=0).reset_index(drop=True)
     d.columns = [c.split('/')[0] for c in d.columns]
     for c in ('alcohol','hue','ash'): d[c] = pd.cut(d[c], 4, labels=list('abcd')).astype(str)
     d.loc[::7,'hue'] = None; d.loc[::11,'proline'] = float('nan')
-    return TabularPandas(d, procs=[Categorify,FillMissing,Normalize], cat_names=['alcohol','hue','ash'], cont_names=['malic_acid','magnesium','flavanoids','proline'], y_names='target',
-                         y_block=CategoryBlock(), splits=[list(range(128)),list(range(128,178))])
+    return d
+cats,conts = ['alcohol','hue','ash'],['malic_acid','magnesium','flavanoids','proline']
+def table(d=None, fill=FillMissing, step=1, splits=(range(128),range(128,178))):
+    return TabularPandas(wines() if d is None else d, procs=[Categorify,fill,Normalize], cat_names=cats[::step], cont_names=conts[::step], y_names='target', y_block=CategoryBlock(), splits=[list(o) for o in splits])
+def proc(to, cls): return next(p for p in to.procs if isinstance(p, cls))
+
+def other_codes(t):
+    "The tabular teacher as it would be, had it learned from other rows: more categories, columns the other way round, other means"
+    d = pd.concat([wines().iloc[30:],wines().iloc[:9].assign(alcohol='aa', ash='bb')], ignore_index=True)
+    a,b = table(),table(d, FillMissing(FillStrategy.constant, fill_vals=proc(table(), FillMissing).na_dict), -1, (range(20,len(d)),range(20)))
+    m,(na,nb),code = copy.deepcopy(t),(proc(o, Normalize) for o in (a,b)),lambda to,n,c: list(to.classes[n]).index(c)
+    ia,ic = [a.cat_names.index(n) for n in b.cat_names],[a.cont_names.index(n) for n in b.cont_names]
+    start,dims = np.cumsum([0,*(e.embedding_dim for e in t.embeds)]),[e.embedding_dim for e in t.embeds]
+    with torch.no_grad():
+        for j,(n,i) in enumerate(zip(b.cat_names, ia)):
+            m.embeds[j] = nn.Embedding(len(b.classes[n]), dims[i])
+            for k,c in enumerate(b.classes[n]):
+                if c in list(a.classes[n]): m.embeds[j].weight[k] = t.embeds[i].weight[code(a, n, c)]
+        k,c = (torch.tensor([f(n) for n in b.cont_names], dtype=torch.float32) for f in (lambda n: nb.stds[n]/na.stds[n], lambda n: (nb.means[n]-na.means[n])/na.stds[n]))   # x = k*x'+c
+        bn = m.bn_cont
+        for v in (bn.weight,bn.bias,bn.running_mean,bn.running_var): v.copy_(v[ic].clone())
+        bn.running_mean.sub_(c).div_(k); bn.running_var.add_(bn.eps).div_(k*k).sub_(bn.eps)
+        lin = m.layers[0][0]
+        lin.weight.copy_(lin.weight[:,[*(o for i in ia for o in range(start[i], start[i+1])),*(start[-1]+i for i in ic)]].clone())
+    return Learner(b.dataloaders(bs=32, device=torch.device('cpu')), m, loss_func=CrossEntropyLossFlat())
+
+def other_words(t):
+    "The text teacher as it would be, had it numbered the words in another order"
+    m,order = classifier(8, 1),[0,1,*reversed(range(2, len(words)))]
+    m.load_state_dict(t.state_dict())
+    with torch.no_grad(): m[0].module.encoder.weight.copy_(t[0].module.encoder.weight[order])
+    dls = snippets(); dls.vocab = ([words[i] for i in order],list('abcd'))
+    return Learner(dls, m, loss_func=CrossEntropyLossFlat(), cbs=rnn())
+def named_snippets(): dls = snippets(); dls.vocab = (words,list('abcd')); return dls
+
+def vit(w, s): seed(s); return ViTForImageClassification(ViTConfig(hidden_size=4*w, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8*w, image_size=8, patch_size=2, num_channels=1, num_labels=10, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+blocks = [n for n,m in vit(4, 0).named_modules() if type(m).__name__=='ViTLayer']
 
 def rows_and_columns():
     seed(); to = table()
@@ -250,7 +298,8 @@ class Named(nn.Module):
     def __init__(self, m): super().__init__(); self.m = m
     def forward(self, x): o = self.m(x); return dict(features=o.detach()*0, out=o)
 class OfDict(nn.CrossEntropyLoss):
-    def forward(self, pred, y): return super().forward(pred['out'], y)
+    def __init__(self, key='out'): super().__init__(); self.key = key
+    def forward(self, pred, y): return super().forward(pred[self.key], y)
 
 def torch_loaders():
     from torch.utils.data import DataLoader,TensorDataset
@@ -268,6 +317,9 @@ tasks = {
     'tabular (two inputs)': Task(make=tabular, dls=rows_and_columns, told=(['layers.1'],['layers.1']), cuts=['layers.0','layers.1']),
     'a dict as output (output=)': Task(make=lambda w,s: Named(net(w, s=s)), loss=OfDict, select=lambda o: o['out'], output='out', found=['m.layer1','m.layer2','m.layer3']),
     'plain torch DataLoaders': Task(dls=torch_loaders),
+    'a teacher with other table codes': Task(make=tabular, taught=other_codes, dls=rows_and_columns, told=(['layers.1'],['layers.1']), cuts=['layers.0','layers.1']),
+    'a teacher with other word numbers': Task(make=classifier, taught=other_words, dls=named_snippets, cbs=rnn, select=first, told=(['1.layers.0'],['1.layers.0']), cuts=['1.layers.0.1','1.layers.0']),
+    'Hugging Face networks (ViT)': Task(make=vit, loss=partial(OfDict, 'logits'), select=lambda o: o['logits'], output='logits', told=(blocks[-1:],blocks[-1:]), cuts=blocks, lr=.01),
 }
 
 @pytest.mark.parametrize('column', columns)
@@ -316,13 +368,28 @@ def summary(learn, cbs):
     learn.fit(2)
     return text
 accumulated = partial(GradientAccumulation, 64)
+def compiled(m): m.compile(backend='aot_eager'); return m              # inductor itself is in test_compile.py
+def twice(learn, cbs): learn.fit(1, cbs=cbs); learn.fit(1, cbs=cbs)
+def nested(learn, cbs): learn.fit(2, cbs=[*cbs,At('after_batch', lambda l: l.training and l.validate(), skip=1)])
+def resumed(learn, cbs):
+    "Interrupted after an epoch; what is left is spoilt, and the fit goes on from the file"
+    def stop(learn): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[*cbs,Checkpoint('half'),At('after_epoch', stop, order=80)])
+    kd = next(cb for cb in cbs if isinstance(cb, KD))
+    with torch.no_grad():
+        for p in [*learn.model.parameters(),*kd.loss.parameters()]: p.add_(1)
+    seed(77); learn.fit(2, cbs=[*cbs,Checkpoint('half', resume=True)])
+soft = .8*F.one_hot(Y, 10)+.2*F.one_hot((Y+1)%10, 10)
+class Zero(nn.CrossEntropyLoss):
+    "No task while training"
+    def forward(self, pred, y): return 0*pred.sum() if pred.requires_grad else super().forward(pred, y)
 ways = {
     'fit': Way(),
     'fit_one_cycle': Way(run=lambda l,cbs: l.fit_one_cycle(2, .05, cbs=cbs)),
     'fit_flat_cos': Way(run=lambda l,cbs: l.fit_flat_cos(2, .02, cbs=cbs)),
     'fine_tune (freeze, slices)': Way(run=on_the_learner, splitter=halves),
     'fine_tune(cbs=…)': Way(run=fine_tune, splitter=halves),
-    'lr_find': Way(run=lr_find, again=fit),
+    'lr_find': Way(run=lr_find, other=dict(run=fit)),
     'GradientAccumulation': Way(run=each(accumulated), dls=lambda: get_dls(128, shuffle=False)),
     'GradientClip': Way(run=each(lambda: GradientClip(.1))),
     'mixed precision (bf16, CPU)': Way(run=each(HalfCPU), tol=2e-3),
@@ -341,6 +408,14 @@ ways = {
     'ParamScheduler, discriminative': Way(run=lambda l,cbs: l.fit(2, slice(1e-3,5e-2), cbs=[*cbs,ParamScheduler({'lr': SchedCos(np.array([1e-3,5e-2]), np.array([1e-4,1e-2]))})]), splitter=halves),
     'weight as a fastai schedule': Way(weight=SchedCos(1., .2)),
     'summary()': Way(run=summary),
+    'soft labels': Way(dls=images(soft.float()), loss=nn.CrossEntropyLoss),
+    'data without labels': Way(dls=unlabelled, loss=nn.CrossEntropyLoss, other=dict(dls=partial(unlabelled, labels=True), loss=Zero)),
+    'some labels missing': Way(run=each(MissingLabels), dls=images(torch.where(torch.arange(len(Y))%3>0, Y, -100)), loss=nn.CrossEntropyLoss, other=dict(run=fit)),   # which torch's own leaves out
+    'a compiled student': Way(student=compiled, other=dict(student=noop)),
+    'a compiled teacher': Way(teacher=compiled, other=dict(teacher=noop)),
+    'two fits': Way(run=twice),
+    'a validate within the fit': Way(run=nested),
+    'resumed (Checkpoint)': Way(run=resumed, other=dict(run=fit)),
     'a last batch of one': Way(dls=lambda: get_dls(97, shuffle=False, drop_last=False)),
 }
 
@@ -350,18 +425,76 @@ def test_way(name, column, tmp_path):
     compare(tasks['single-label images'], column, tmp_path, ways[name])
     matrix[name,column] = '✓'
 
+# ---- more than one process or device ----
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory): return test_processes.two(tmp_path_factory.mktemp('two'), ['soft_target','fitnet','fcfd'])
+
+@pytest.mark.parametrize('column,name', zip(columns, ['soft_target','fitnet','fcfd']))
+def test_two_processes(two_processes, column, name):
+    "As one with the whole batch, to 1e-5"
+    test_processes.check(name, *two_processes[name])
+    matrix['several processes',column] = '✓'
+
+@pytest.mark.parametrize('column', columns)
+def test_data_parallel(column):
+    "What can be said without two devices: layers that run in pieces are not read"
+    task = tasks['single-label images']
+    learn = learner(nn.DataParallel(net()))
+    learn.model.device_ids = [0,1]
+    if column==columns[0]: matrix['DataParallel, two devices',column] = '– not tried: it takes two GPUs'; pytest.skip('needs two GPUs')
+    with pytest.raises(ValueError, match='the student is a DataParallel over 2 devices') as e: learn.fit(1, cbs=task.callback(column, net(8, s=1)))
+    matrix['DataParallel, two devices',column] = '✗ '+str(e.value).split('\n\t')[-1]
+
+@pytest.mark.parametrize('column', columns)
+def test_mps(column, tmp_path):
+    if not torch.backends.mps.is_available(): matrix['MPS',column] = '– not tried: it takes an Apple GPU'; pytest.skip('needs an Apple GPU')
+    teacher,learn = net(8, s=1).to('mps'),learner(net().to('mps'), DataLoaders(*get_dls()).to('mps'))
+    learn.fit(1, cbs=tasks['single-label images'].callback(column, teacher))
+    assert left(learn, teacher)==[]
+    matrix['MPS',column] = '✓'
+
 # ---- the table ----
 
-def shown():
-    "The matrix as lines of text, one reason a ✗ below it; a cell that did not run or did not hold is '?'"
-    why,wide = [],max(map(len, [*tasks,*ways]))
+devices = ['several processes','DataParallel, two devices','MPS']
+parts = {'Tasks and teachers': tasks, 'Ways of training': ways, 'More than one process or device': devices}
+page = Path(__file__).parents[1]/'nbs'/'works_with.md'
+
+def cells():
+    "The matrix with its ✗ and – numbered, and what the numbers mean; a cell that did not run or did not hold is '?'"
+    why = []
     def cell(o):
-        if o[:1]!='✗': return o
+        if o[:1] not in '✗–': return o
         if o not in why: why.append(o)
-        return f'✗ {why.index(o)+1}'
+        return f'{o[0]} {why.index(o)+1}'
+    return {t: {n: [cell(matrix.get((n,c), '?')) for c in columns] for n in names} for t,names in parts.items()},[o[2:] for o in why]
+
+def shown():
+    "As lines of text"
+    tables,why = cells()
+    wide = max(len(n) for t in tables.values() for n in t)
     def line(first, cells): return first.ljust(wide)+'  '+'  '.join(c.ljust(len(h)) for c,h in zip(cells, columns)).rstrip()
-    for title,names in (('Tasks',tasks),('Ways of training',ways)):
+    for title,rows in tables.items():
         yield ''; yield line(title, columns)
-        for n in names: yield line(n, [cell(matrix.get((n,c), '?')) for c in columns])
+        for n,r in rows.items(): yield line(n, r)
     yield ''
-    for i,o in enumerate(why): yield f'✗ {i+1}: {o[2:]}'
+    for i,o in enumerate(why): yield f'{i+1}: {o}'
+
+def written():
+    "As the page of the documentation"
+    tables,why = cells()
+    yield '# What works with what\n\n> Every ✓ is a fit that was compared with the same fit written by hand.\n'
+    yield ('Written by `make matrix` from what `tests/test_fastai.py` found. A cell is ✓ where a real, small Learner with the callback trains to the weights and losses of one whose loss function holds the distillation, '
+           'written out with hooks and formulas of the test\'s own. The columns are the loss that is picked for the task (`KnowledgeDistillationCallback(teacher)`), a feature loss with learned adapters (`TaskLoss()+FitNet()`), '
+           'and one that runs parts of both networks again (`TaskLoss()+FCFD()`). ✗ is refused before anything is trained; – was not tried; the reasons are below.\n')
+    for title,rows in tables.items():
+        yield f'## {title}\n'
+        yield '| | '+' | '.join(columns)+' |'; yield '|---|'+':-:|'*len(columns)
+        for n,r in rows.items(): yield f'| {n} | '+' | '.join(r)+' |'
+        yield ''
+    for i,o in enumerate(why): yield f'{i+1}. {o}'
+
+def test_the_page_says_so():
+    "What the documentation shows is what was found just now; make matrix writes it"
+    if '?' in str(cells()) or torch.backends.mps.is_available(): pytest.skip('not every cell has run, or on another kind of machine than the page')
+    assert page.read_text().splitlines()=='\n'.join(written()).splitlines(), 'nbs/works_with.md is not what was found: make matrix'

@@ -14,7 +14,9 @@ from torch import nn
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+from fasterdistill.losses.ofa import OFALogits
 
 torch.set_num_threads(1)
 folder = Path(__file__).parent/'vectors'
@@ -70,6 +72,7 @@ class Ref(SimpleNamespace):
 
 def logits(v): return dict(pred=v['in_zs'], teacher_pred=v['in_zt'])
 def maps(v): return dict(fm_s=dict(a=v['in_fs']), fm_t=dict(a=v['in_ft']))
+def swapped(v): return dict(fm_s=dict(a=v['in_ft']), fm_t=dict(a=v['in_fs']))
 def T(v, i): return float(v['par_T'][i])
 def cross_entropy(v): return np.array(-(v['in_zs'].astype(float)-np.log(np.exp(v['in_zs'].astype(float)).sum(1, keepdims=True)))[np.arange(8),v['in_y']].mean())
 
@@ -87,6 +90,11 @@ refs = [
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', {fm:'grad_fs'}, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=lambda s,t: nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)), maps, 'out_mse_mean', {fm:'grad_fs', 'adapters.0.weight':'grad_conv1x1_weight'}, 'projector_1x1__',
         {'adapters.0.weight':'par_conv1x1_weight'}, id='fitnet-projector'),
+    *[Ref('ofa', lambda v,i,k=k: OFALogits(gamma=float(v['par_gamma'][i]), **k), lambda v: {**logits(v), 'target':v['in_y']}, f'out_{n}', {pred:f'grad_{n}'}, ordinary, id=f'ofa-{n}')
+      for n,k in (('code_T1',{}), ('code_T4',dict(T=4)), ('paper',dict(form='paper')))],
+    *[Ref('infonce', lambda v,i,k=k: InfoNCE(tau=float(v['par_tau'][i]), **k), given, f'out_{n}', {fm:f'grad_fs_{n}'} if n.endswith('s2t') else {}, 'vectors__', id=f'infonce-{n}')
+      for n,k,given in (('cosine_s2t',{},maps), ('rawdot_s2t',dict(normalize=False),maps), ('cosine_symmetric_mean',dict(symmetric=True),maps), ('cosine_t2s',{},swapped), ('rawdot_t2s',dict(normalize=False),swapped))],
+    Ref('infonce', lambda v,i: InfoNCE(tau=float(v['par_tau'])), lambda v: dict(fm_s=dict(a=v['in_student_map']), fm_t=dict(a=v['in_teacher_tokens'])), 'out_cosine_s2t', {fm:'grad_student_map'}, 'pooled_map_vs_tokens__', id='infonce-pooled'),
 ]
 
 @pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
@@ -101,12 +109,21 @@ def test_every_vector_is_used():
     "No value and no gradient of a file lies here unread, but those another page's loss is for, or that are the same loss in another scale"
     later = {'logit_standardization': {'out_dkd','grad_zs_dkd'},                     # DKD
              'kd_soft_target': {'out_kl','out_soft_ce','out_ce','out_seed_formula_alpha05'},  # without T², cross-entropies
-             'fitnet': {'out_half_sum_sq_per_sample_mean'}, 'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}   # None: a test of its own reads it
+             'fitnet': {'out_half_sum_sq_per_sample_mean'}, 'ofa': {'out_tas_seed_formula'},  # its gradient is the paper form's
+             'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},               # of the teacher's side: the test below
+              'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}   # None: a test of its own reads it
     for f in folder.glob('*.npz'):
         if later.get(f.stem, set()) is None: continue
         with np.load(f) as d: have = {k for k in d if re.match(r'(.*__)?(out|grad)_', k)}
         used = {r.case+k for r in refs if r.file==f.stem for k in (r.out, *r.grads.values())}
         assert {k.split('__')[-1] for k in have-used}==later.get(f.stem, set()), f.stem
+
+@pytest.mark.parametrize('kind', ['cosine','rawdot'])
+def test_infonce_both_ways(kind):
+    "The gradient of the symmetric form is the mean of those of its directions"
+    for i,tau in enumerate((v := Ref('infonce', None, None, None, case='vectors__').vectors)['par_tau']):
+        got = call(InfoNCE(tau=float(tau), normalize=kind=='cosine', symmetric=True), maps(v), torch.float64)[1][fm]
+        close_grad(got, (v[f'grad_fs_{kind}_s2t'][i]+v[f'grad_fs_{kind}_t2s'][i])/2, 1e-6)
 
 def test_seed_worked_example():
     "The softened probabilities, read off the gradient against a teacher that knows nothing: `T(p-1/C)`"

@@ -1,4 +1,5 @@
 "A fit that goes on from a checkpoint ends, to the last bit, as the one that was never stopped"
+import copy
 import os
 import random
 import subprocess
@@ -203,3 +204,9 @@ def test_a_wrong_file(tmp_path, name):
     if name!='teacher': assert_same(state(learn.model), before)
     assert left(learn, kd.teacher.model)==[] and (tmp_path/'models'/'run.pth').read_bytes()==file
     with pytest.raises(ValueError, match="expected True, False or 'auto'"): Checkpoint(resume='yes')
+
+def test_a_copied_learner_checkpoints_by_itself(tmp_path):
+    learn = learner(path=tmp_path, cbs=Checkpoint('both'))
+    twin = copy.deepcopy(learn)
+    twin.fit(1)
+    assert twin.checkpoint.learn is twin and learn.checkpoint.learn is learn and (tmp_path/'models'/'both.pth').exists()
