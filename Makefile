@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up everything they need in .venv: nothing but Python 3.10 or newer is asked for.
 # Another Python: make test PYTHON=python3.12. Without a GPU, uv can fetch the small torch: UV_TORCH_BACKEND=cpu make demo.
 PYTHON ?= python3
+LOWEST ?= python3.10
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
@@ -35,7 +36,7 @@ versions: version-lowest-direct version-highest
 
 version-%: export MPLBACKEND = agg
 version-%:
-	uv venv --clear --python $(if $(findstring lowest,$*),3.10,$$(command -v $(PYTHON))) .venv-$*
+	uv venv --clear --python $(if $(findstring lowest,$*),$(LOWEST),$$(command -v $(PYTHON))) .venv-$*
 	uv pip install --python .venv-$*/bin/python --resolution $* -e '.[dev]'
 	uv pip list --python .venv-$*/bin/python | grep -E '^(fastai|fastcore|timm|torch|torchvision) '
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -m 'not slow' tests/test_contract.py tests/test_reference.py tests/test_callback.py tests/test_teachers.py tests/test_fastai.py

@@ -355,7 +355,7 @@ def early(learn, cbs): learn.fit(5, cbs=[*cbs,EarlyStoppingCallback(min_delta=10
 def saved(learn, cbs, **kwargs):
     "The best by validation loss, which is the Learner's own, is loaded in the end; a rate that grows makes it worse"
     cb = SaveModelCallback(**kwargs)
-    learn.fit(3, cbs=[*cbs,cb,ParamScheduler({'lr': SchedLin(.05, 3.)})])
+    learn.fit(3, cbs=[*cbs,cb,ParamScheduler({'lr': SchedLin(.05, 1.5)})])
     best = int(np.argmin([o[1] for o in learn.recorder.values]))
     assert cb.best==learn.recorder.values[best][1]
     return best
@@ -422,6 +422,9 @@ ways = {
 @pytest.mark.parametrize('column', columns)
 @pytest.mark.parametrize('name', ways)
 def test_way(name, column, tmp_path):
+    if 'compiled' in name and column!=columns[0] and not hasattr(torch.compiler, 'set_stance'):          # test_compile.py holds the words
+        with pytest.raises(ValueError, match='can be read inside from torch 2.6 on'): compare(tasks['single-label images'], column, tmp_path, ways[name])
+        matrix[name,column] = '✗ from torch 2.6 on'; return
     compare(tasks['single-label images'], column, tmp_path, ways[name])
     matrix[name,column] = '✓'
 
@@ -496,5 +499,5 @@ def written():
 
 def test_the_page_says_so():
     "What the documentation shows is what was found just now; make matrix writes it"
-    if '?' in str(cells()) or torch.backends.mps.is_available(): pytest.skip('not every cell has run, or on another kind of machine than the page')
+    if '?' in str(cells()) or torch.backends.mps.is_available() or not hasattr(torch.compiler, 'set_stance'): pytest.skip('not every cell has run, or on another kind of machine than the page')
     assert page.read_text().splitlines()=='\n'.join(written()).splitlines(), 'nbs/works_with.md is not what was found: make matrix'
