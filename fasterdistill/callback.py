@@ -57,6 +57,7 @@ class _Side:
 
 _slice = re.compile(r'^stages(?:\[(-?\d*)(:?)(-?\d*)\])?$')
 
+# %% ../nbs/05_callback.ipynb #c005b
 def _cut(o, m):
     if m[1] is None: return o
     if not m[2]: return o[(i := int(m[1])):i+1 or None]
@@ -82,6 +83,7 @@ def _keys(names):
     "Layers listed twice get keys ending in @2"
     return [n if names[:i].count(n)==0 else f'{n}@{names[:i].count(n)+1}' for i,n in enumerate(names)]
 
+# %% ../nbs/05_callback.ipynb #c005c
 class _Term:
     "A loss of the expression with its weights, its name and its layers"
     def __init__(self, ws, loss, name):
@@ -103,6 +105,7 @@ class _Criterion:
 
 def _count(ps): return sum(p.numel() for p in ps)
 
+# %% ../nbs/05_callback.ipynb #c007b
 class Plan:
     "What a fit would do, as a table"
     def __init__(self, kd, learn, loss, terms, o):
@@ -141,6 +144,7 @@ class Plan:
         for c,r in zip(cells, self.rows): lines += [row(c),*(' '*(wide[0]+4)+p for p in r['layers'])]
         return '\n'.join(lines + ['']*bool(self.advice) + [f'! {a}' for a in self.advice])
 
+# %% ../nbs/05_callback.ipynb #c007c
 def _meant(name, taps):
     "The module behind an alias, for tables"
     l = taps.layers[name]
@@ -153,6 +157,7 @@ class _Quick(Callback):
     def __call__(self, event_name):
         if event_name=='after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
+# %% ../nbs/05_callback.ipynb #c007d
 class KnowledgeDistillationCallback(_Quick):
     """Teach a Learner's model with a teacher, or with itself, while it trains.
     Errors (`ValueError`, `TypeError`) come before anything is trained; validation, prediction and export are as without it; what comes out is the plain student."""
@@ -187,6 +192,7 @@ class KnowledgeDistillationCallback(_Quick):
         for k,v in vars(self).items(): res.__dict__[k] = fresh if k=='_s' else v if k=='teacher' else deepcopy(v, memo)
         return res
 
+# %% ../nbs/05_callback.ipynb #c007e
 def _states(opt):
     "What an optimizer knows of its parameters: fastai's own dict, and that of the torch optimizer in an `OptimWrapper`"
     return [opt.state] + ([opt.opt.state] if hasattr(opt, 'opt') else [])
@@ -222,6 +228,7 @@ def _check(self:KnowledgeDistillationCallback, loss):
             raise ValueError(f'{t.loss!r} reads activations and has no layers of its own: name them with .at(student, teacher) or activations_student and activations_teacher')
     return terms
 
+# %% ../nbs/05_callback.ipynb #c009b
 @patch
 def _spec(self:KnowledgeDistillationCallback, t):
     "Which layers a term reads, as said on it, to the callback, or by its class: `(student's, teacher's)`"
@@ -249,6 +256,7 @@ def _learns_for(self:KnowledgeDistillationCallback, loss, student, teacher):
     for who,a,b in (('student',was[0],student),('teacher',was[1],teacher)):
         if a is not b: raise ValueError(f'{loss!r} has learned parts that were trained with another {who}: make a new loss for this one')
 
+# %% ../nbs/05_callback.ipynb #c009c
 @patch
 def _default_loss(self:KnowledgeDistillationCallback, learn):
     kind = task_kind(task_criterion(learn))
@@ -284,6 +292,7 @@ def _around_fit(self:KnowledgeDistillationCallback, learn):
         try: tidy()
         except BaseException: tidy(); raise        # a second Ctrl-C
 
+# %% ../nbs/05_callback.ipynb #c011b
 @patch
 def _column_names(self:KnowledgeDistillationCallback, s):
     names = [t.name for t in s.terms] + ['agreement']*bool(s.agree)
@@ -296,6 +305,7 @@ def _agreement(self:KnowledgeDistillationCallback, learn, terms):
     if not any(t.reads.get('teacher_pred') for t in terms): return None
     return dict(single='argmax', multi='sign', regression=None).get(task_kind(task_criterion(learn)), 'argmax' if any(isinstance(t.loss, SoftTarget) for t in terms) else None)
 
+# %% ../nbs/05_callback.ipynb #c011c
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     if self._s.open: self._join_optimizer()
@@ -347,6 +357,7 @@ def _open(self:KnowledgeDistillationCallback):
     s.stack.callback(self._leave_optimizer)
     self._join_optimizer()
 
+# %% ../nbs/05_callback.ipynb #c013b
 @patch
 def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
     "Find layers, build learned parts and try every term on the Learner's present batch; nothing of the networks changes"
@@ -394,6 +405,7 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
         if n: n.now.xb = None
     return o
 
+# %% ../nbs/05_callback.ipynb #c013c
 @patch
 def _check_idx(self:KnowledgeDistillationCallback, learn, terms):
     if any(t.names & {'idx','n_items'} for t in terms) and not hasattr(learn.dls.train, 'get_idxs'):
@@ -413,6 +425,7 @@ def _compiled(self:KnowledgeDistillationCallback, learn):
     nets = [learn.model] + (self.teacher.networks() if self.teacher is not None else [])
     return any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for net in nets for m in net.modules())
 
+# %% ../nbs/05_callback.ipynb #c013d
 @patch
 def _check_model(self:KnowledgeDistillationCallback, learn, terms):
     inside = {'fm_s':'student','student':'student','fm_t':'teacher','teacher':'teacher'}
@@ -437,6 +450,7 @@ def _layers_of(self:KnowledgeDistillationCallback, t, side_s, side_t):
     if fs: t.keys_s = dict(zip(_keys(got[0]), got[0]))
     if ft: t.keys_t = dict(zip(_keys(got[-1]), got[-1]))
 
+# %% ../nbs/05_callback.ipynb #c013e
 @patch
 def _example(self:KnowledgeDistillationCallback, learn, o, xb, student):
     "What can be read, on this batch, in evaluation mode"
@@ -459,6 +473,7 @@ def _example(self:KnowledgeDistillationCallback, learn, o, xb, student):
         v['task_loss'] = plain((learn.loss_func if o.labels is None else o.labels.over(learn.loss_func))(v['pred'] if bare else raw, *learn.yb)) if len(learn.yb) else self._no_task(learn, v['pred'])   # a loss function may want all of a tuple or dict, unless a callback reduces it
     return v
 
+# %% ../nbs/05_callback.ipynb #c013f
 @patch
 def _ask(self:KnowledgeDistillationCallback, xb, v):
     "The teacher's prediction; it reads by name as a loss does"
@@ -480,6 +495,7 @@ def _given(self:KnowledgeDistillationCallback, t, v, names):
         elif n in v: res[n] = v[n]
     return res
 
+# %% ../nbs/05_callback.ipynb #c013g
 @patch
 def _try(self:KnowledgeDistillationCallback, terms, loss, v):
     "Every term once on the example: what fails, fails before anything is trained"
@@ -563,6 +579,7 @@ def load_state_dict(self:KnowledgeDistillationCallback, state):
     if self.loss is not None and state['loss'] not in (None,(mine := _place.sub('', repr(self.loss)))): raise ValueError(f'the file is of the loss {state["loss"]}, here it is {mine}: going on needs the same')
     self._s.pending,self._s.history = state,list(state.get('history', ()))
 
+# %% ../nbs/05_callback.ipynb #c017b
 @patch
 def _go_on(self:KnowledgeDistillationCallback):
     "Fill learned parts, just made, with those of a file"
@@ -611,6 +628,7 @@ def _no_task(self:KnowledgeDistillationCallback, learn, pred):
     "A task loss of 0 that one can go back from"
     return _cast(pred if isinstance(pred, torch.Tensor) else pick(pred, self.output, 'student')).sum()*0
 
+# %% ../nbs/05_callback.ipynb #c019b
 @patch
 def _distil(self:KnowledgeDistillationCallback):
     s,learn = self._s,self.learn
@@ -636,6 +654,7 @@ def _distil(self:KnowledgeDistillationCallback):
     elif not s.whole: total = task.lerp(total, share)
     learn.loss_grad = total
 
+# %% ../nbs/05_callback.ipynb #c019c
 @patch
 def _other_width(self:KnowledgeDistillationCallback, o, v, t):
     "`ValueError` where a layer has other channels than at the start of the fit, as pruning leaves them"
@@ -663,6 +682,7 @@ def _values(self:KnowledgeDistillationCallback, o, learn, task, pos, epoch, amp,
         if net: net.now.xb,net.now.around = v['xb'],amp or nullcontext
     return v
 
+# %% ../nbs/05_callback.ipynb #c019d
 @patch
 def _target(self:KnowledgeDistillationCallback, learn, pred):
     "The first target; integer labels as int64, a column of them flattened"
@@ -683,6 +703,7 @@ def _idx(self:KnowledgeDistillationCallback, learn, o, n):
     i = learn.iter*learn.dl.bs
     return torch.as_tensor(self._s.idxs[i:i+n], device=o.device)
 
+# %% ../nbs/05_callback.ipynb #c019e
 @patch
 def _note(self:KnowledgeDistillationCallback, t, x):
     s = self._s
@@ -704,6 +725,7 @@ def _note_agreement(self:KnowledgeDistillationCallback, o, v):
     a = a.float().mean()
     self._s.parts['agreement'] = a; self._s.means['agreement'].add(a)
 
+# %% ../nbs/05_callback.ipynb #c019f
 @patch
 def after_batch(self:KnowledgeDistillationCallback):
     o = self._s.open

@@ -43,6 +43,7 @@ def _sizes(opt): "Of an optimizer's state"; return [len(g['params']) for g in op
 
 _counts = 'best','wait','count'   # of fastai's trackers and of GradientAccumulation
 
+# %% ../nbs/07_checkpoint.ipynb #c005b
 class Checkpoint(Callback):
     """Write after every epoch all that a fit needs to go on, and with `resume` go on: the same line of code, run again in a new process, ends as the fit that was never stopped.
     With or without a `KnowledgeDistillationCallback`. `ValueError` if the file is that of another fit, before anything is trained; `FileNotFoundError` if there is none."""

@@ -42,6 +42,7 @@ def rng_kept(*ts):
         np.random.set_state(np_state); random.setstate(py_state)
         if mps: torch.mps.set_rng_state(mps_state)
 
+# %% ../nbs/00_layers.ipynb #c006b
 @contextmanager
 def reading(*models):
     "Evaluate `models` without changing them: eval mode, no gradients, generators and plain attributes put back"
@@ -81,6 +82,7 @@ def _prints(o):
     fs = [t.reshape(-1).float() for t in ts]
     return [torch.stack([f@torch.linspace(1,2,len(f), device=f.device), f.abs().sum()]) for f in fs]
 
+# %% ../nbs/00_layers.ipynb #c009b
 class Record:
     "The module calls of one pass in the order they finished (`ends` says when), with the outputs asked for"
     def __init__(self, model, xb): self.model,self.xb,self.calls,self.prints,self.ends,self.kept = model,tuple(map(_info, xb)),[],[],[],{}
@@ -93,6 +95,7 @@ class Record:
         c = self.find(layer.name, layer.n)
         return None if c is None else c.start if layer.kind=='in' else self.ends[self.calls.index(c)]
 
+# %% ../nbs/00_layers.ipynb #c009c
 def record(model, *xb, keep=(), copy=False, prints=False, run=None):
     """Run `model` (or what `run` makes of it) on `xb` in its present mode and note every module call.
     `keep`: the `Layer`s whose activations are kept in `kept`, with the versions of their tensors, or as copies; `prints`: note numbers that tell outputs apart"""
@@ -126,6 +129,7 @@ def record(model, *xb, keep=(), copy=False, prints=False, run=None):
         it = iter(torch.stack(ps).tolist() if ps else ()); rec.prints = [[next(it) for _ in ps] for ps in rec.prints]
     return rec
 
+# %% ../nbs/00_layers.ipynb #c009d
 def first_tensor(o):
     "The first tensor in a (nested) output, or None"
     return next((t for t in tree_flatten(o)[0] if isinstance(t, torch.Tensor)), None)
@@ -151,6 +155,7 @@ def _grid(L, hw):
         for w in {int(h*W/H), -int(-h*W//H)}:
             if w>0 and 0<=L-h*w<=5 and _fits(h, w, hw): return h,w,L-h*w
 
+# %% ../nbs/00_layers.ipynb #c012b
 def describe(z, x=None, name='', nhwc=None):
     "The `Stage` of activation `z` (or its shape), for the input `x` if at hand; None for what is no `(B,…)` activation of 2 to 4 dimensions"
     s,hw = tuple(getattr(z, 'shape', z)),_hw(x)
@@ -208,6 +213,7 @@ def _act(c, B, x, nhwc=None):
 
 def _params(m): return sum(p.numel() for p in m.parameters())
 
+# %% ../nbs/00_layers.ipynb #c018b
 def _trunk(rec, x, hw):
     "Calls along the main line of a network whose outputs have a grid, and the run of equal blocks that holds most of its weights"
     B,kids,total = rec.xb[0].shape[0],_kids(rec),max(_params(rec.model), 1)
@@ -234,6 +240,7 @@ def _runs(ks):
             run = [k]
     if run: yield run
 
+# %% ../nbs/00_layers.ipynb #c018c
 def _quarters(names):
     n = len(names); k = min(n, 4)
     return [names[-(-n*(i+1)//k)-1] for i in range(k)]
@@ -251,6 +258,7 @@ def _timm_stages(model, rec, x, B):
         if len({s.size for s in sts})==1: return _quarters(sts)
         return _by_reduction(sts, x)
 
+# %% ../nbs/00_layers.ipynb #c018d
 def _by_reduction(sts, x):
     "The last activation at each size; of big pictures only those at a reduction of 4 to 32, one for each halving"
     hw,last = _hw(x),{}
@@ -275,6 +283,7 @@ def stages(model, x, rec=None):
     if len(res)<2 and hw: res = _found(rec, x, B, None) or res        # maps that keep no proportions
     return _vote(res, rec, x, B)
 
+# %% ../nbs/00_layers.ipynb #c018e
 def _found(rec, x, B, hw):
     "Stages told from the order of calls; with `hw` only maps in the proportions of the picture count (attention has others)"
     trunk,blocks = _trunk(rec, x, hw)
@@ -313,6 +322,7 @@ def _unknown(name, model, who, n_stages=0):
     near = _nearest(name, names) or [n for n,_ in model.named_children()][:5]
     return ValueError(f"the {who} ({type(model).__name__}) has no layer {name!r}; nearest: {', '.join(map(repr, near)) or 'none, it has no named layers'}")
 
+# %% ../nbs/00_layers.ipynb #c023b
 def find_layer(model, name, x=None, rec=None, who='network'):
     "The `Layer` that `name` (see the table) means in `model`; aliases are found by running it on `x`. `ValueError` with the nearest names if there is none"
     m = _pat.match(name) if isinstance(name, str) else None
@@ -336,6 +346,7 @@ def find_layer(model, name, x=None, rec=None, who='network'):
         path,kind,n,item = *_before_act(rec, path, n, name, who),None
     return Layer(path, kind, n, item)
 
+# %% ../nbs/00_layers.ipynb #c023c
 def _need(model, x, rec, name, who):
     if rec is not None: return rec
     if x is None: raise ValueError(f'to find {name!r} in the {who} it has to run: give an example input `x`')
@@ -356,6 +367,7 @@ def _alias(model, path, x, rec):
 
 _acts = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh)
 
+# %% ../nbs/00_layers.ipynb #c023d
 def _before_act(rec, path, n, name, who):
     "The call whose input is what `path` returned before its last activation"
     top = rec.find(path, n)

@@ -51,6 +51,7 @@ def _names(f, what, also=(), bound=True):
 @lru_cache
 def _params(f): return frozenset(inspect.signature(f).parameters)
 
+# %% ../nbs/02_loss.ipynb #c006b
 class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
     """A method of distillation: define `forward` with parameters out of `READS`, returning a scalar; a parameter with default None is optional.
     Needs no `super().__init__()`. Its submodules and parameters learn with the student. `TypeError`, when the class is defined, for a name that cannot be read."""
@@ -109,6 +110,7 @@ class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
         args = ', '.join([_show(o) for o in a]+[f'{n}={_show(o)}' for n,o in k.items()])
         return f'{type(self).__name__}({args})' + ('' if at is None else f'.at({_show(at[0])})' if at[1] is None else f'.at({_show(at[0])}, {_show(at[1])})')
 
+# %% ../nbs/02_loss.ipynb #c006c
 def _show(o):
     if isinstance(o, nn.Module) and not isinstance(o, DistillLoss): return type(o).__name__
     if inspect.isroutine(o) or inspect.isclass(o): return o.__name__
@@ -165,6 +167,7 @@ def after(
     "0 before `epoch`, 1 from then on"
     return Weight(lambda e, start=epoch: float(e>=start), f'after({epoch!r})')
 
+# %% ../nbs/02_loss.ipynb #c016b
 def steps(
     values:dict, # Weight from each epoch on, as in `{0:1, 30:2}`
 ):
@@ -191,6 +194,7 @@ def weigher(ws):
     c,fs = math.prod(w for w in ws if isinstance(w, (int,float))),[(w,_weight_name(w)=='epoch') for w in ws if callable(w)]
     return lambda pos, epoch: c*math.prod(w(epoch if e else pos) for w,e in fs) if fs else c
 
+# %% ../nbs/02_loss.ipynb #c016c
 class Sum(DistillLoss):
     "A weighted sum of losses, what `.1*TaskLoss() + .9*SoftTarget()` makes; called by hand it gives each loss what it names"
     def __init__(self, *losses, weighted=None):

@@ -39,6 +39,7 @@ class _Hook:
     def __deepcopy__(self, memo): return _Hook(None, self.at, {})
     def __reduce__(self): return getattr,(nullcontext(),'__exit__')
 
+# %% ../nbs/01_net.ipynb #c005b
 def unhook(*models):
     "Take off every hook of ours, and every `forward` that a pass left behind: for the way out of an interrupted fit"
     for m in {m for model in models for m in model.modules()}:
@@ -46,6 +47,7 @@ def unhook(*models):
             for k in [k for k,h in hooks.items() if isinstance(h, _Hook)]: hooks.pop(k, None)
         if isinstance(f := vars(m).get('forward'), _Forward): f.back()
 
+# %% ../nbs/01_net.ipynb #c005c
 class Taps:
     "Forward hooks that keep what the layers `names` of `model` return; `x` is an example input, on which the network is run once"
     def __init__(self, model, names, x=None, rec=None, who='network'):
@@ -143,6 +145,7 @@ def _replaced(o, item, z):
 
 def _float(o): return plain(o).float() if isinstance(o, torch.Tensor) and o.is_floating_point() else plain(o)
 
+# %% ../nbs/01_net.ipynb #c013b
 def _alike(ps, qs, tol=1e-5):
     return len(ps)==len(qs) and all(abs(p[0]-q[0]) <= 2*tol*p[1] and abs(p[1]-q[1]) <= tol*p[1] for p,q in zip(ps, qs))
 
@@ -156,6 +159,7 @@ class _Forward:
         if self.was is None: vars(self.m).pop('forward', None)
         else: self.m.forward = self.was
 
+# %% ../nbs/01_net.ipynb #c013c
 class Net:
     """A network that can be run again, read at a layer and resumed from one; its weights, averages and mode stay as they are.
     `x`: an example input (a tensor or a tuple of them), needed for names such as 'stage2' and to resume; `layers`: names read into `View.fm`."""
@@ -287,4 +291,5 @@ class Net:
             read = [o for o in read if isinstance(o, torch.Tensor) and o.requires_grad]
             return not read or not leaves or not any(g is not None for o in read for g in torch.autograd.grad(o.float().sum(), leaves, retain_graph=True, allow_unused=True))
 
+# %% ../nbs/01_net.ipynb #c013d
 def _flip(xb): return [o if o is None else o.flip(list(range(o.ndim)) if o.is_floating_point() else [0]) for o in xb]     # the columns of a table have categories of their own
