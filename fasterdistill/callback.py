@@ -129,6 +129,7 @@ class Plan:
             if v is None: res.append(f"{r['loss']} needs more items than this batch holds and was left out")
             elif r['first']!=0 and total and len(worth)>1 and v<1e-3*total: res.append(f"{r['loss']} is {v/total:.1e} of the loss at the start: is a weight of {r['weight']} what you want?")
         for t in terms:
+            if t.loss.pools: continue
             sizes = [(o.sizes_s.get(a),o.sizes_t.get(b)) for a,b in zip(t.keys_s.values(), t.keys_t.values())]
             if any(a and b and len(a.size)==len(b.size)==2 and a.size!=b.size for a,b in sizes): res.append(f'{t.loss!r} pairs maps of unequal size: the stages were matched by depth, or named so; .at(student, teacher) chooses others')
         return res
@@ -296,7 +297,9 @@ def _around_fit(self:KnowledgeDistillationCallback, learn):
 @patch
 def _column_names(self:KnowledgeDistillationCallback, s):
     names = [t.name for t in s.terms] + ['agreement']*bool(s.agree)
-    for t in s.terms: names += [n if n not in names else f'{t.name}_{n}' for n in t.loss.logs]
+    for t in s.terms:
+        t.columns = {n: n if n not in names else f'{t.name}_{n}' for n in t.loss.logs}
+        names += t.columns.values()
     return names
 
 @patch
@@ -710,7 +713,7 @@ def _note(self:KnowledgeDistillationCallback, t, x):
     x = x.detach()
     s.parts[t.name] = x; s.means[t.name].add(x)
     if t.loss._logged:
-        for n,val in t.loss._logged.items(): s.means[n if n in s.means else f'{t.name}_{n}'].add(val); s.parts[n] = val
+        for n,val in t.loss._logged.items(): s.means[t.columns[n]].add(val); s.parts[t.columns[n]] = val
         t.loss._logged.clear()
 
 @patch

@@ -182,6 +182,7 @@ def to_map(z, stage=None, x=None):
 def pooled(z, stage=None, x=None):
     "`z` as vectors `(B,C)`: the mean over positions, prefix tokens left out"
     st = stage or describe(z, x)
+    if st is None: raise ValueError(f'an activation of shape {tuple(z.shape)} cannot be pooled: expected (B,C), (B,L,C) or a map')
     if st.layout=='BC': return z
     return z[:,st.prefix:].mean(1) if st.layout=='BLC' else z.mean((2,3) if st.layout=='NCHW' else (1,2))
 

@@ -58,6 +58,7 @@ class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
     layers = None      # default layers: None | 'stages' | 'stages[-3:]' | 'last' | 'embedding' | 'output' | a list of these or of names
     logs = ()          # names that `forward` logs
     min_items = 1      # smaller batches go without this term
+    pools = False      # compares means over positions, or meets any size: whether paired maps are of one size does not matter
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for n in cls._readers & vars(cls).keys(): _names(vars(cls)[n], f'{cls.__name__}.{n}', cls._also.get(n, ()))

@@ -244,6 +244,11 @@ def test_logged_columns(teacher):
     cb = KD(teacher, SoftTarget()+Logs())
     learn = fitted(cb)
     assert list(learn.recorder.metric_names)[4:-1]==['soft_target','logs','agreement','half'] and cb.history[0]['half']==.5
+    class Twice(Logs):
+        def __init__(self, half): self.half = half
+        def forward(self, pred): self.log('half', pred.new_tensor(self.half)); return pred.mean()*0
+    learn = fitted(cb := KD(teacher, TaskLoss()+Twice(.5)+Twice(.25)))                 # a name that is taken
+    assert list(learn.recorder.metric_names)[4:-1]==['twice','twice_2','half','twice_2_half'] and [cb.history[0][k] for k in ('half','twice_2_half')]==[.5,.25]==[cb.parts[k] for k in ('half','twice_2_half')]
     class Wrong(Logs):
         def forward(self, pred): self.log('other', pred.mean()); return pred.mean()
     with pytest.raises(ValueError, match="logs 'other'"): fitted(KD(teacher, TaskLoss()+Wrong()))

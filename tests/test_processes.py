@@ -17,6 +17,7 @@ from torch import nn
 from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,gather,steps
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import SoftTarget
 
 pytest.importorskip('accelerate', reason='several processes are started through Hugging Face Accelerate')
@@ -70,6 +71,14 @@ class Which(DistillLoss):
         if torch.is_grad_enabled(): seen.append((idx,target,xb[0].clone()))
         return (self.each[idx]*pred.logsumexp(1)).mean()
 
+class Unlike(InfoNCE):
+    "With other first weights and another temperature in each process"
+    def build(self, fm_s, fm_t, xb=None):
+        torch.manual_seed(7+rank_distrib())
+        super().build(fm_s, fm_t, xb)
+        if self.learn_tau: self.log_tau.data += .1*rank_distrib()
+        made.append(self.project[0].weight.detach().clone())
+
 def accumulate(n): return [GradientAccumulation(64//n)]
 cases = dict(   # loss, callbacks for n processes, what else
     soft_target  = (SoftTarget, None),
@@ -85,6 +94,9 @@ cases = dict(   # loss, callbacks for n processes, what else
     which        = (lambda: TaskLoss()+.1*Which(), None),
     in_batch     = (lambda: TaskLoss()+InBatch(), None),
     alike        = (lambda: TaskLoss()+100*Alike(), None),
+    infonce      = (lambda: TaskLoss()+Unlike(), None),
+    infonce_raw  = (lambda: TaskLoss()+Unlike(tau=.01, normalize=False, symmetric=True), None),
+    infonce_all  = (lambda: TaskLoss()+Unlike(symmetric=True, mask_same_class=True, learn_tau=True), None),
     alone        = (lambda: TaskLoss()+InBatch(noop), None))
 more = {f'{a}_{b}': (cases[a][0],cbs) for a in ('deeper','fcfd','rare','in_batch') for b,cbs in
         dict(accumulation=accumulate, clip=lambda n: [GradientClip(.05)], both=lambda n: [GradientAccumulation(64//n),GradientClip(.05)]).items()}

@@ -154,6 +154,19 @@ def np_binary(l, pred, teacher_pred):
     return l.T**2*np.mean([kl(np.array([s/l.T,0.]), np.array([t/l.T,0.])) for s,t in zip(pred.astype(float).ravel(), teacher_pred.astype(float).ravel(), strict=True)])
 
 def np_mse(l, pred, teacher_pred): return np.mean([(float(a)-float(b))**2 for a,b in zip(pred.ravel(), teacher_pred.ravel(), strict=True)])
+def np_ofa(l, pred, teacher_pred, target):
+    "Row by row, class by class; a label is a class, or a share for each"
+    ys = rows(target) if target.dtype.kind=='f' else target.ravel()
+    res = []
+    for s,t,y in zip(rows(pred), rows(teacher_pred), ys, strict=True):
+        p,log_s,total = softmax(t/l.T),log_softmax(s/l.T),0.
+        for c in range(len(s)):
+            q = y[c] if target.dtype.kind=='f' else float(c==y)
+            own,other = ((1+p[c])**l.gamma-1,p[c]**l.gamma) if l.form=='code' else ((1+p[c])**l.gamma,p[c])
+            total -= (q*own+(1-q)*other)*log_s[c]
+        res.append(total)
+    return np.mean(res)
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -176,13 +189,25 @@ def np_attention(l, fm_s, fm_t):
         total += np.mean(ds)/(h*w) if l.form=='code' else np.sqrt(ds).mean()
     return total
 
-formulas = {SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet}
+def np_infonce(l, fm_s, fm_t):
+    def vectors(z):
+        if z.ndim==3: z = z[:, z.shape[1]-int(np.sqrt(z.shape[1]))**2:].mean(1)         # what is no square of tokens stands before them
+        z = (z.mean((2,3)) if z.ndim==4 else z).astype(float)
+        return [v/max(np.sqrt((v**2).sum()), 1e-12) if l.normalize else v for v in z]
+    def find(a, b): return -np.mean([log_softmax(np.array([(u*v).sum() for v in b])/l.tau)[i] for i,u in enumerate(a)])
+    pairs = [(vectors(s),vectors(t)) for s,t in zip(fm_s.values(), fm_t.values(), strict=True)]
+    return sum((find(s, t)+find(t, s))/2 if l.symmetric else find(s, t) for s,t in pairs)
+
+formulas = {SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet, OFALogits:np_ofa, InfoNCE:np_infonce}
 
 # ---- other seeds and odd shapes ----
 
 def normal(rng, shape, scale=1): "Exact in float32"; return np.round(scale*256*rng.standard_normal(shape))/256
 def some_logits(*shape): return lambda rng: dict(pred=normal(rng, shape, 3), teacher_pred=normal(rng, shape, 3))
 def some_maps(*pairs): return lambda rng: dict(zip(('fm_s','fm_t'), ({f'{i}': normal(rng, p[j]) for i,p in enumerate(pairs)} for j in (0,1))))
+
+def labelled_logits(*shape): return lambda rng: dict(some_logits(*shape)(rng), target=rng.integers(0, shape[1], (shape[0],*shape[2:])))
+def softly_labelled(*shape): return lambda rng: dict(some_logits(*shape)(rng), target=rng.dirichlet(np.ones(shape[1]), shape[0]).astype(np.float32))
 
 odd = some_logits(5,37)
 even_maps,unequal = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6))),some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
@@ -192,6 +217,9 @@ derived = [
     (Logits(), odd), (Logits(), some_logits(5)), (Logits(), some_logits(5,3,4,2)),
     *[(Attention(p=p, map=m, form=form), g) for p in (1,2,3,4) for m in ('sum','max') for form in ('code','paper') for g in (even_maps,unequal)],
     (FitNet(adapter=None), even_maps),
+    *[(InfoNCE(tau=t, **k), g) for t in (.07,1.) for k in ({},dict(normalize=False),dict(symmetric=True)) for g in (some_maps(((5,9),(5,9))), some_maps(((5,6,3,4),(5,17,6)), ((5,9,7),(5,7,2,2))))],
+    *[(OFALogits(gamma=g, T=t, form=form), labels(5,37)) for g,t in ((1.,1.),(1.3,1.),(2.5,4.)) for form in ('code','paper') for labels in (labelled_logits,softly_labelled)],
+    (OFALogits(gamma=1.4), labelled_logits(1,2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4,5,3,2)),
 ]
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ','')
@@ -238,7 +266,7 @@ def large_and_zero_maps(rng, given):
 def test_extremes(loss, inputs):
     rng = np.random.default_rng(0)
     given = inputs(rng)
-    cases = [large_and_zero_maps(rng, given)] if 'fm_s' in given else [extreme_logits(rng, given['pred'].shape), {k: np.zeros_like(o) for k,o in given.items()}]
+    cases = [large_and_zero_maps(rng, given)] if 'fm_s' in given else [{**given, **extreme_logits(rng, given['pred'].shape)}, {k: np.zeros_like(o) for k,o in given.items()}]
     if 'fm_s' in given: cases += [{n: {k: np.zeros_like(a) for k,a in o.items()} for n,o in given.items()}]
     for case in cases:
         v,grads = call(loss, case, torch.float32)

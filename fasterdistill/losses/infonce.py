@@ -17,7 +17,7 @@ class InfoNCE(FeatureLoss):
     """Find the teacher's feature of the same item among the teacher's features of the batch: the mean over items `i` of `-log softmax_j(s_i·t_j/tau)` at `j=i`.
     Pairs of activations of any layout, pooled to `(B,D)` and, where the widths differ, met by a linear layer, to a scalar, summed over the pairs. Batches of several processes are one.
     `ValueError` for a batch of one item by hand; in a fit such a batch goes without. Van den Oord et al., 2018."""
-    layers,min_items = 'last',2
+    layers,min_items,pools = 'last',2,True
     def __init__(self,
         tau:float=.07,               # Temperature
         normalize:bool=True,         # Compare directions (cosine); False: raw products, as the formula is often printed
@@ -38,12 +38,12 @@ class InfoNCE(FeatureLoss):
         s,t = pooled(plain(s), a),pooled(plain(t), b)
         return self.loss(self.project[i](s) if self._built else s, t, target, mix, criterion)
 
+# %% ../../nbs/losses/30_infonce.ipynb #c010
 def _stage(z, xb):
     "What kind of activation `z` is; `ValueError` for one that cannot be pooled"
     if (st := describe(z, xb) if isinstance(z, torch.Tensor) else None): return st
     raise ValueError(f'InfoNCE pools maps (B,C,H,W), tokens (B,N,C) or vectors (B,C); this activation is {tuple(z.shape) if isinstance(z, torch.Tensor) else "a "+type(z).__name__}')
 
-# %% ../../nbs/losses/30_infonce.ipynb #c010
 @patch(as_prop=True)
 def temperature(self:InfoNCE):
     "The temperature now"
@@ -51,6 +51,7 @@ def temperature(self:InfoNCE):
     with torch.no_grad(): self.log_tau.clamp_(min=math.log(min(.01, self.tau)))
     return self.log_tau.exp()
 
+# %% ../../nbs/losses/30_infonce.ipynb #c012
 @patch
 def loss(self:InfoNCE, s, t, target=None, mix=None, criterion=None):
     "On features `(B,D)` of student and teacher"
@@ -67,7 +68,7 @@ def loss(self:InfoNCE, s, t, target=None, mix=None, criterion=None):
         return F.cross_entropy(x, own)
     return (find(s, t)+find(t, s))/2 if self.symmetric else find(s, t)
 
-# %% ../../nbs/losses/30_infonce.ipynb #c028
+# %% ../../nbs/losses/30_infonce.ipynb #c030
 def _one_class(y, criterion=None):
     "The class of each item `(B,)`, -1 for one without a label; of soft labels the largest share. `ValueError` unless there is one class an item"
     if y is None: raise ValueError('InfoNCE(mask_same_class=True) reads the labels: give it target=…')
