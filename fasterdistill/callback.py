@@ -75,7 +75,9 @@ def _expand(spec, sides, term):
                 if not s.stages: raise ValueError(f"{term!r} reads {item!r}, but no stages were found in the {s.who} ({type(s.model).__name__}): name its layers with .at(…)")
             if len(sides)==2: got = [list(o) for o in zip(*_cut([(a.name,b.name) for a,b in _match(sides[0].stages, sides[1].stages)], m))]
             else: got = [[s.name for s in _cut(sides[0].stages, m)]]
-            if not got or not got[0]: raise ValueError(f"{term!r} reads {item!r}, which is none of the {len(sides[0].stages)} stages of the {sides[0].who}")
+            if not got or not got[0]:
+                has = ' and '.join(f'the {s.who} ({type(s.model).__name__}) has {len(s.stages)} stages' for s in sides) + (f', {len(_match(sides[0].stages, sides[1].stages))} of them paired' if len(sides)==2 else '')
+                raise ValueError(f'{term!r} reads {item!r}, but {has}: name layers with .at(…)')
         for r,g in zip(res, got, strict=True): r += g
     return res
 

@@ -6,73 +6,120 @@
 __all__ = ['TAS']
 
 # %% ../../nbs/losses/50_tas.ipynb #c002
-from fastcore.basics import store_attr
+import torch
+from fastcore.basics import patch,store_attr
 from torch import nn
 from ..adapters import local_to_global
 from ..layers import describe,pooled
-from ..loss import DistillLoss,task_kind
+from ..loss import DistillLoss,ignored_label,same_classes,task_kind
 from .infonce import InfoNCE
 from .ofa import OFALogits
 
-# %% ../../nbs/losses/50_tas.ipynb #c003
+# %% ../../nbs/losses/50_tas.ipynb #c008
 class TAS(DistillLoss):
-    """Teach through a hybrid assistant: the first stages of a CNN, a learned local-to-global projector, the last stage and classifier of a transformer or MLP (the other network, or the same kind).
-    Three comparisons (teacher and student, teacher and assistant, assistant and student), each `OFALogits` on predictions and `InfoNCE` on the features that enter the classifier.
-    `(B,C)` logits and labels to a scalar. `ValueError` where the network behind the projector cannot be cut, or there is no one class an item. Li et al., 2024."""
-    layers,logs,min_items = ['stages[-2]','embedding'],('assistant_acc','tas_tau'),2
+    """Learn from the teacher, and from an assistant between the two networks: early stages of a CNN, a learned projector, the last stage and classifier of a transformer or MLP (or of another CNN).
+    `(B,C)` predictions, labels and two layers of each network to a scalar (the student's own loss on the labels is not in it).
+    `ValueError` where the network behind the projector cannot be cut, or there is no one class an item. Li et al., 2024."""
+    layers,logs,min_items,pools,by_teacher = ['stages[-2]','embedding'],('assistant_acc','tas_tau'),2,True,False
     def __init__(self,
-        gamma:float=1.,               # As for `OFALogits`
-        T:float=1.,                   # As for `OFALogits`
-        tau:float=.07,                # First temperature of `InfoNCE`, which is learned
-        first:str='auto',             # Whose stages come first: 'student', 'teacher', or 'auto': the CNN's; the student's where both are of a kind
-        attention:bool=True,          # The projector's block of self-attention
-        tail:bool=True,               # The other network's last stage and classifier; False puts a linear classifier behind the projector
-        teach_assistant:bool=True,    # The comparison of teacher and assistant, without which the assistant learns nothing
-        ofa:bool=True,                # The comparisons of predictions
-        infonce:bool=True,            # The comparisons of features
-        projector=local_to_global,    # `f(a, b, xb, attention)` that makes the projector from one network's activation to the other's
+        gamma:float=1.,            # As for `OFALogits`
+        T:float=1.,                # As for `OFALogits`
+        tau:float=.07,             # First temperature of `InfoNCE`, which is learned
+        first:str='auto',          # Whose stages come first: 'student', 'teacher', or 'auto': the CNN's; the student's where both are of a kind
+        attention:bool=True,       # The projector's block of self-attention
+        tail:bool=True,            # The other network's last stage and classifier; False puts a linear classifier behind the projector
+        teach_assistant:bool=True, # The comparison of teacher and assistant, without which the assistant learns nothing
+        ofa:bool=True,             # The comparisons of predictions
+        infonce:bool=True,         # The comparisons of features
+        projector=local_to_global, # `f(a, b, xb, attention)` that makes the projector from one network's activation to the other's
     ):
         if first not in ('auto','student','teacher'): raise ValueError(f"TAS(first={first!r}): expected 'auto', 'student' or 'teacher'")
         if not (ofa or infonce): raise ValueError('TAS(ofa=False, infonce=False) compares nothing: keep one of them')
         store_attr()
-        self.answers,self.features = OFALogits(gamma, T),InfoNCE(tau, learn_tau=True) if infonce else None
-        if not infonce: self.logs = ('assistant_acc',)
+        self.answers,self.features,self.meet = OFALogits(gamma, T),InfoNCE(tau, learn_tau=True) if infonce else None,nn.ModuleDict()
+        self.pairs = [('student','teacher'),*[('assistant','teacher')]*teach_assistant,('student','assistant')]    # who learns, from whom
+        if not infonce: self.logs = self.logs[:1]
+    def build(self, fm_s, fm_t, pred, teacher_pred, student, teacher, xb=None, criterion=None):
+        self._check(fm_s, fm_t, pred, teacher_pred, criterion)
+        self._fuse(fm_s, fm_t, student, teacher, pred.shape[1], xb)
+        self._translate(fm_s, fm_t, xb)
 
-    def build(self, fm_s, fm_t, pred, student, teacher, xb=None, criterion=None):
-        if len(fm_s)!=2: raise ValueError(f'{self!r} reads two layers of each network, the one to cut at and the one before the classifier; here are {len(fm_s)}: {", ".join(fm_s)}')
-        if pred.ndim!=2 or task_kind(criterion) in ('multi','regression'): raise ValueError(f'{self!r} needs one class of several an item; the student predicts {tuple(pred.shape)}')
-        (cut_s,f_s),(cut_t,f_t) = fm_s.values(),fm_t.values()
-        a,b = describe(cut_s, xb),describe(cut_t, xb)
-        self.by_teacher = self.first=='teacher' or self.first=='auto' and b.layout=='NCHW'!=a.layout
-        self.cut = list(fm_s if self.by_teacher else fm_t)[0]
-        if self.tail and (why := (student if self.by_teacher else teacher).why_not(self.cut)): raise ValueError(f'{why}; name another layer with .at([student\'s, its classifier\'s input], [teacher\'s, its classifier\'s input]), or leave out the late stages with TAS(tail=False)')
-        z,goal,f_a = (cut_t,cut_s,f_s) if self.by_teacher else (cut_s,cut_t,f_t)
-        self.l2g = self.projector(z, goal, xb=xb, attention=self.attention)
-        self.goal = describe(goal, xb)
-        if not self.tail: self.classifier,f_a = nn.Linear(self.goal.channels, pred.shape[1]),pooled(goal, self.goal)
-        meet = lambda a, b: nn.Identity() if a.shape[1]==b.shape[1] else nn.Linear(a.shape[1], b.shape[1])
-        f_s,f_t,f_a = (pooled(f, x=xb) for f in (f_s,f_t,f_a))
-        if not self.teach_assistant: self.l2g.requires_grad_(False)                    # nothing teaches it then
-        self.meet = nn.ModuleDict(dict(student_teacher=meet(f_s, f_t), student_assistant=meet(f_s, f_a), **dict(assistant_teacher=meet(f_a, f_t)) if self.teach_assistant else {})) if self.infonce else None
+# %% ../../nbs/losses/50_tas.ipynb #c009
+@patch
+def _check(self:TAS, fm_s, fm_t, pred, teacher_pred, criterion):
+    if len(fm_s)!=2: raise ValueError(f"{self!r} reads two layers of each network, the one to cut at and the classifier's input, as in .at(['layer3','embedding']); here are {len(fm_s)}: {', '.join(map(repr, fm_s))}")
+    kind = task_kind(criterion)
+    if kind in ('multi','regression') or pred.ndim!=2 or pred.shape[1]==1:
+        what = dict(multi="the Learner's loss function is one of yes-or-no outputs", regression="the Learner's loss function is one of regression").get(kind, f'the student predicts {tuple(pred.shape)}')
+        raise ValueError(f'{self!r} needs one class of several an item; {what}')
+    same_classes(pred, teacher_pred)
 
-    def assistant(self, fm_s, fm_t, student, teacher, xb=None):
-        "What the assistant makes of the batch: `(logits, feature)`"
-        z = self.l2g(next(iter((fm_t if self.by_teacher else fm_s).values())))
-        if not self.tail: f = pooled(z, self.goal); return self.classifier(f),f
-        view = student.resume(self.cut, z) if self.by_teacher else teacher.resume(self.cut, z, bn='eval')
-        return view.pred,pooled(list(view.fm.values())[-1], x=xb)
-    def forward(self, fm_s, fm_t, pred, teacher_pred, student, teacher, target, mix=None, criterion=None, xb=None):
-        p_a,f_a = self.assistant(fm_s, fm_t, student, teacher, xb)
-        f_s,f_t = (pooled(list(fm.values())[-1], x=xb) for fm in (fm_s,fm_t))
-        self.log('assistant_acc', (p_a.argmax(1)==(target.argmax(1) if target.is_floating_point() else target)).float().mean())
-        if self.infonce: self.log('tas_tau', self.features.temperature)
-        return self.loss(pred, teacher_pred, p_a, f_s, f_t, f_a, target, mix, criterion)
+# %% ../../nbs/losses/50_tas.ipynb #c010
+@patch
+def _fuse(self:TAS, fm_s, fm_t, student, teacher, classes, xb):
+    "Decide whose stages come first, see that the other network can be cut, and make what stands between"
+    s,t = (next(iter(fm.values())) for fm in (fm_s,fm_t))
+    cnn = [(st := describe(z, xb)) is not None and st.layout=='NCHW' for z in (s,t)]
+    self.by_teacher = self.first=='teacher' or self.first=='auto' and cnn==[False,True]
+    z,goal,late,names = (t,s,student,fm_s) if self.by_teacher else (s,t,teacher,fm_t)
+    self.cut,self.end = names
+    if self.tail and (why := late.why_not(self.cut)): raise ValueError(f"{why}; name other layers with .at([student's cut, its classifier's input], [teacher's cut, its classifier's input]), or leave out the late stages with TAS(tail=False)")
+    self.l2g,self.goal = self.projector(z, goal, xb=xb, attention=self.attention),describe(goal, xb)
+    self.classifier = None if self.tail else nn.Linear(self.goal.channels, classes)
+    if not self.teach_assistant:
+        for m in filter(None, (self.l2g,self.classifier)): m.requires_grad_(False)    # nothing teaches them
 
-    def loss(self, pred, teacher_pred, assistant_pred, f_s, f_t, f_a, target, mix=None, criterion=None):
-        "On predictions `(B,C)` of student, teacher and assistant and their features `(B,D)`"
-        def compare(p, goal, f, f_goal, meet):
-            res = self.answers(pred=p, teacher_pred=goal, target=target, mix=mix, criterion=criterion) if self.ofa else 0.
-            return res+self.features.loss(self.meet[meet](f), f_goal) if self.infonce else res
-        res = compare(pred, teacher_pred, f_s, f_t, 'student_teacher')
-        if self.teach_assistant: res = res+compare(assistant_pred, teacher_pred, f_a, f_t, 'assistant_teacher')
-        return res+compare(pred, assistant_pred.detach(), f_s, f_a.detach(), 'student_assistant')
+# %% ../../nbs/losses/50_tas.ipynb #c011
+@patch
+def _translate(self:TAS, fm_s, fm_t, xb):
+    "Make linear layers between features of unequal width"
+    width = {who: pooled([*fm.values()][1], x=xb).shape[1] for who,fm in (('student',fm_s),('teacher',fm_t))}
+    width['assistant'] = self.goal.channels
+    ways = {tuple(map(self._speaks, pair)) for pair in self.pairs} if self.infonce else ()
+    self.meet.update({f'{a}_{b}': nn.Linear(width[a], width[b]) for a,b in sorted(ways) if width[a]!=width[b]})
+
+@patch
+def _speaks(self:TAS, who):
+    "Whose feature it is: an assistant's is that of the network whose classifier it enters"
+    return who if who!='assistant' or not self.tail else 'student' if self.by_teacher else 'teacher'
+
+# %% ../../nbs/losses/50_tas.ipynb #c022
+@patch
+def assistant(self:TAS, fm_s, fm_t, student, teacher, xb=None):
+    "What the assistant makes of the batch: predictions `(B,C)` and features `(B,D)`"
+    z = self.l2g(next(iter((fm_t if self.by_teacher else fm_s).values())))
+    if not self.tail: f = pooled(z, self.goal); return self.classifier(f),f
+    view = student.resume(self.cut, z) if self.by_teacher else teacher.resume(self.cut, z, bn='eval')
+    if self.end not in view.fm: raise ValueError(f"{self!r}: {self.end!r} of the {'student' if self.by_teacher else 'teacher'} does not come after {self.cut!r}; name the layer to cut at first, then the classifier's input")
+    return view.pred,pooled(view.fm[self.end], x=xb)
+
+# %% ../../nbs/losses/50_tas.ipynb #c032
+@patch
+def compare(self:TAS, pred, f, goal, f_goal, target, mix=None, criterion=None, way=''):
+    "One comparison: `OFALogits` from prediction to `goal` and `InfoNCE` from feature to `f_goal`, which the linear layer `way` meets if there is one"
+    res = 0.
+    if self.ofa: res = res+self.answers(pred=pred, teacher_pred=goal, target=target, mix=mix, criterion=criterion)
+    if self.infonce: res = res+self.features.loss(self.meet[way](f) if way in self.meet else f, f_goal)
+    return res
+
+@patch
+def loss(self:TAS, pred, teacher_pred, assistant_pred, f_s, f_t, f_a, target, mix=None, criterion=None):
+    "All comparisons, of predictions `(B,C)` and features `(B,D)` of student, teacher and assistant"
+    who = dict(student=(pred,f_s), teacher=(teacher_pred,f_t), assistant=(assistant_pred,f_a))
+    return sum(self.compare(*who[a], *(o.detach() for o in who[b]), target, mix, criterion, f'{self._speaks(a)}_{self._speaks(b)}') for a,b in self.pairs)
+
+# %% ../../nbs/losses/50_tas.ipynb #c033
+@patch
+def _right(self:TAS, p_a, y, mix=None, criterion=None):
+    "1 for each item of which the assistant names the class, else 0; of soft labels and blends the larger part counts, items without a label are left out"
+    label = lambda y: torch.where(y.isnan().any(1), -1, y.argmax(1)) if y.is_floating_point() else y
+    y = label(y) if mix is None else torch.where(torch.as_tensor(mix[1], device=y.device)>=.5, label(y), label(mix[0]))
+    return (p_a.argmax(1)==y)[(y>=0) & (y!=(-1 if (skip := ignored_label(criterion)) is None else skip))].float()
+
+@patch
+def forward(self:TAS, fm_s, fm_t, pred, teacher_pred, student, teacher, target, mix=None, criterion=None, xb=None):
+    p_a,f_a = self.assistant(fm_s, fm_t, student, teacher, xb)
+    f_s,f_t = (pooled([*fm.values()][1], x=xb) for fm in (fm_s,fm_t))
+    if len(right := self._right(p_a, target, mix, criterion)): self.log('assistant_acc', right.mean())
+    if self.infonce: self.log('tas_tau', self.features.temperature)
+    return self.loss(pred, teacher_pred, p_a, f_s, f_t, f_a, target, mix, criterion)
