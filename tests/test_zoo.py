@@ -72,10 +72,9 @@ refused = {  # stage ends that are no cuts
     'timm-pit_ti_224': dict.fromkeys(['transformers.0[0]','transformers.1[0]','transformers.2[0]'], pair+': the class token'),
     'timm-tnt_s_patch16_224': dict.fromkeys(['blocks.2[1]','blocks.5[1]','blocks.8[1]'], pair+': the tokens of the pixels'),
     'timm-crossvit_9_240': dict.fromkeys(['blocks.0[0]','blocks.1[0]','blocks.2[0]'], pair+': the second branch'),
-    'timm-selecsls42b': {'features.5[0]': pair+': the map kept for the long skip'},
     'timm-xception41': dict.fromkeys(['blocks.1.stack.act3','blocks.2.stack.act3','blocks.11.stack.act3'], inside),
     'timm-pnasnet5large': dict.fromkeys(['cell_stem_1.conv_1x1.act','cell_4.conv_1x1.act','cell_8.conv_1x1.act'], 'every cell reads the two before it, and feature_info names a part of a cell'),
-    'timm-coat_tiny': dict.fromkeys(['serial_blocks2.1','serial_blocks3.1','serial_blocks4.1'], 'its parallel blocks read all scales at once'),
+    'timm-coat_tiny': dict.fromkeys(['serial_blocks3.1','serial_blocks4.1'], 'its parallel blocks read all scales at once'),
     'timm-hrnet_w18_small': dict.fromkeys(['transition1.0','transition1.1'], 'branches of several resolutions run side by side'),
 }
 unstated = {'hrnet_w18_small', 'coat_tiny'}    # feature_info names modules that do not run so (HRNet: of another class, CoaT: one name for three maps)
