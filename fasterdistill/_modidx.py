@@ -69,6 +69,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'fasterdistill/callback.py'),
                                         'fasterdistill.callback.KnowledgeDistillationCallback._check_model': ( 'callback.html#knowledgedistillationcallback._check_model',
                                                                                                                'fasterdistill/callback.py'),
+                                        'fasterdistill.callback.KnowledgeDistillationCallback._check_tokens': ( 'callback.html#knowledgedistillationcallback._check_tokens',
+                                                                                                                'fasterdistill/callback.py'),
                                         'fasterdistill.callback.KnowledgeDistillationCallback._close': ( 'callback.html#knowledgedistillationcallback._close',
                                                                                                          'fasterdistill/callback.py'),
                                         'fasterdistill.callback.KnowledgeDistillationCallback._column_names': ( 'callback.html#knowledgedistillationcallback._column_names',

@@ -14,6 +14,7 @@ from .callback import *
 from .checkpoint import *
 from .layers import *
 from .loss import *
+from .missing import *
 from .net import *
 from .show import *
 from .teachers import *

@@ -24,7 +24,7 @@ from fastcore.foundation import L
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .layers import _match,_stance_kept,cloned,describe,plain,reading,record,rng_kept,stages,tupled
-from .loss import TaskLoss,as_loss,check_weight,class_axis,name_terms,task_kind,weigher
+from .loss import TaskLoss,as_loss,check_weight,class_axis,ignored_label,name_terms,task_kind,weigher
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
 from .missing import MissingLabels,_gaps
 from .net import Net,Taps,unhook
@@ -327,9 +327,9 @@ def after_epoch(self:KnowledgeDistillationCallback): self._leave_optimizer()
 def after_fit(self:KnowledgeDistillationCallback): self._leave_optimizer()
 @patch
 def before_step(self:KnowledgeDistillationCallback):
-    "Come back where another callback has made the optimizer's lists anew, as fasterai's pruning does before every step"
+    "Come back where the optimizer or its lists were made anew, as fasterai's pruning does before every step"
     s = self._s
-    if s.items is not None and _items(s.opt) is not s.items: s.items = None; self._join_optimizer()
+    if s.items is not None and _items(self.learn.opt) is not s.items: s.items = None; self._join_optimizer()
 @patch
 def after_step(self:KnowledgeDistillationCallback):
     s = self._s
@@ -404,6 +404,7 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
         loss.to(device)
         o.params = self._learned(learn, loss)
         self._try(terms, loss, v)
+    self._check_tokens(xb, o, v)
     o.sizes_s,o.sizes_t = ({k: describe(z, x) if isinstance(z, torch.Tensor) else None for k,z in (v.get(f) or {}).items()} for f,x in (('maps_s',xb),('maps_t',xb if teacher is None else teacher.inp(*xb))))
     o.values = v.get('values', {})
     for n in (o.net_s,o.net_t):
@@ -420,7 +421,8 @@ def _check_idx(self:KnowledgeDistillationCallback, learn, terms):
 def _labels(self:KnowledgeDistillationCallback, learn):
     "The callback that looks after missing labels, if there is one; `ValueError` if there should be"
     if (cb := next((cb for cb in learn.cbs if isinstance(cb, MissingLabels)), None)) is not None: return cb
-    kind = task_kind(task_criterion(learn))
+    base = task_criterion(learn)
+    kind = 'regression' if ignored_label(base)==-100 and all(isinstance(m, _Column) for m in learn.metrics) else task_kind(base)      # then a loss that leaves out -100 is all there is
     n = max((int(_gaps(y, -100).all(1).sum()) for y in learn.yb if isinstance(y, torch.Tensor) and y.ndim and (y.is_floating_point() or kind!='regression')), default=0)
     if n: raise ValueError(f'{n} of the {len(learn.yb[0])} items of the first batch have no label (-100 or NaN): with MissingLabels() among the callbacks the task loss and the metrics are over the labelled items, the distillation over all')
 
@@ -435,10 +437,22 @@ def _compiled(self:KnowledgeDistillationCallback, learn):
 def _check_model(self:KnowledgeDistillationCallback, learn, terms):
     inside = {'fm_s':'student','student':'student','fm_t':'teacher','teacher':'teacher'}
     names = [n for n in inside if any(n in t.names for t in terms)]
+    bs = getattr(learn.dls.train, 'bs', getattr(learn.dls.train, 'batch_size', None))
+    for t in terms:
+        if bs is not None and bs<t.loss.min_items: raise ValueError(f'{t.loss!r} needs batches of at least {t.loss.min_items} items, these have {bs}: it would never be computed')
     if isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1 and {'fm_s','student'} & {*names}:
         raise ValueError(f'the student is a DataParallel over {len(learn.model.device_ids)} devices, where each layer runs on a part of the batch at a time: losses that read its layers need a process for each GPU, with learn.distrib_ctx(): …')
     if names and not hasattr(torch.compiler, 'set_stance') and self._compiled(learn):
         raise ValueError(f'a compiled network can be read inside from torch 2.6 on, this is {torch.__version__}: leave out the losses that read {", ".join(names)}, or train without compile()')
+
+@patch
+def _check_tokens(self:KnowledgeDistillationCallback, xb, o, v):
+    "`ValueError` where the grid of the teacher's tokens cannot be told, because the losses know the student's inputs alone"
+    if not o.taps_t: return
+    a,b = (getattr(x[0], 'shape', ()) for x in (xb,self.teacher.inp(*xb)))
+    if len(a)!=4 or len(b)!=4 or a[2]*b[3]==a[3]*b[2]: return
+    if (odd := [n for n,z in v['maps_t'].items() if isinstance(z, torch.Tensor) and z.ndim==3]):
+        raise ValueError(f'{odd[0]!r} of the teacher returns tokens of pictures of {b[2]}×{b[3]}, while the student sees {a[2]}×{a[3]}: rows and columns cannot be told; give both the same proportions')
 
 @patch
 def _layers_of(self:KnowledgeDistillationCallback, t, side_s, side_t):
@@ -802,6 +816,7 @@ class _LearnedParts(_Quick):
     def before_step(self):
         o = self.kd._s.open
         if o is None or not o.params: return
+        self.kd.before_step()                        # and where a callback between the two did it
         for cb in self.learn.cbs:
             if isinstance(cb, GradientClip): nn.utils.clip_grad_norm_(o.params, cb.max_norm, cb.norm_type)
     def __reduce__(self): return Callback,()

@@ -9,7 +9,7 @@ __all__ = ['READS', 'DistillLoss', 'Function', 'as_loss', 'Weight', 'ramp', 'aft
 
 # %% ../nbs/02_loss.ipynb #c002
 import inspect,math
-from copy import copy
+from copy import deepcopy
 from functools import lru_cache,partial,wraps
 from fastcore.meta import PrePostInitMeta
 import torch
@@ -92,8 +92,8 @@ class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
         for o in (student,teacher):
             if o is not None and (not o or any(not isinstance(n, str) for n in ([o] if isinstance(o, (str,int)) else o))): raise TypeError(f'{type(self).__name__}().at({o!r}): expected the name of a layer, or a list of names')
         if self._built: raise ValueError(f'{self!r} has learned parts for its layers already: make a new one for others')
-        res = copy(self)
-        for k in ('_parameters','_buffers','_modules'): res.__dict__[k] = copy(self.__dict__[k])
+        args,kwargs = self._args
+        res = deepcopy(self, {id(o): o for o in (*args,*kwargs.values()) if isinstance(o, nn.Module)})     # parts of its own, but networks it was given
         res.__dict__.update(_at=(student,teacher), _logged={})
         return res
     def log(self, name, value):

@@ -187,15 +187,20 @@ class Net:
 
     @contextmanager
     def _forgetting(self, kind):
-        "What modules remember in attributes, as recurrent networks their hidden states, is after a pass what it was; the first pass of a kind tells which do"
-        every = {} if kind in self.now.memory else {m: dict(vars(m)) for m in self.model.modules()}
-        kept = [(m, k, vars(m).get(k, _gone)) for m,k in self.now.memory.get(kind, ())]
+        "What modules remember in attributes and buffers, as recurrent networks their hidden states, is after a pass what it was; the first pass of a kind tells which do"
+        first,known = kind not in self.now.memory,self.now.memory.get(kind, ((),()))
+        mods = [*self.model.modules()]
+        kept = [(m, k, v) for m in mods for k,v in vars(m).items()] if first else [(m, k, vars(m).get(k, _gone)) for m,k in known[0]]
+        bufs = [(m, k, b, b.clone()) for m in mods if m not in self.norms for k,b in m._buffers.items() if b is not None] if first else [(m, k, m._buffers[k], m._buffers[k].clone()) for m,k in known[1]]
         try: yield
         finally:
-            if every:
-                kept = [(m, k, d.get(k, _gone)) for m,d in every.items() for k,v in vars(m).items() if d.get(k, _gone) is not v]
-                self.now.memory[kind] = [(m,k) for m,k,_ in kept]
+            if first:
+                own = {(m,k) for m,k,_ in kept}
+                kept = [o for o in kept if vars(o[0]).get(o[1], _gone) is not o[2]] + [(m, k, _gone) for m in mods for k in vars(m) if (m,k) not in own]
+                bufs = [(m, k, b, c) for m,k,b,c in bufs if m._buffers.get(k) is not b or not torch.equal(b, c)]
+                self.now.memory[kind] = [(m,k) for m,k,_ in kept],[(m,k) for m,k,*_ in bufs]
             for m,k,v in kept: vars(m).pop(k, None) if v is _gone else vars(m).update({k: v})
+            for m,k,_,c in bufs: m._buffers[k] = c          # a copy, as a backward pass may need what the pass left
 
     def _pass(self, f, bn, cut=None):
         own = self.taps is not None and not self.taps.handles
@@ -278,7 +283,7 @@ class Net:
         calls = list(zip_longest(later(full, full.when(l)), later(back, back.when(l._replace(n=n))), fillvalue=('',())))
         odd = next((a for (a,p),(b,q) in calls if a!=b or not _alike(p, q)), None)
         same = lambda r: _float(self.out(r.kept['',1,'out'][0]))
-        if odd is None or all(a==b for (a,_),(b,_) in calls) and torch.allclose(same(full), same(back), 1e-5, 1e-5*same(full).abs().max()) and self._apart(cut, z): return cut
+        if odd is None or all(a==b for (a,_),(b,_) in calls) and torch.allclose(same(full), same(back), 1e-5, 1e-5*same(full).abs().max()) and self._apart(cut, z): return cut             # what the prediction is not made of may differ
         return cut._replace(reason=f"{what}: the output also depends on what came before it in another way (first seen at {odd or 'the output'!r}); skip connections around a layer do that, or a state kept from batch to batch")
 
     def _apart(self, cut, z):

@@ -26,12 +26,15 @@ from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.interpret import ClassificationInterpretation
 from fastai.losses import BCEWithLogitsLossFlat,MSELossFlat
 from fastai.optimizer import Adam,OptimWrapper,SGD
+from fastcore.foundation import L
 from torch import nn
 
 from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,after,ramp,steps
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+from fasterdistill.teachers import Frozen
 
 torch.set_num_threads(1)
 
@@ -787,3 +790,85 @@ def test_a_teacher_that_is_not_finite(teacher):
 def test_parts_are_those_of_the_last_batch(teacher):
     cb = KD(teacher, TaskLoss()+steps({0:1, 1:0})*FitNet()); learner(cbs=cb).fit(2)
     assert set(cb.parts)=={'task_loss'} and cb.history[0]['fit_net'] is not None and cb.history[1]['fit_net'] is None
+
+# ---- what others do to the optimizer, the compiler and the networks in the middle of a fit ----
+
+class Anew(Callback):
+    "Makes the optimizer's lists from the model alone before every step, as fasterai's pruning does"
+    def __init__(self, order): self.order = order
+    def before_step(self): self.learn.opt.param_lists = L([L([*self.learn.model.parameters()])])
+
+@pytest.mark.parametrize('order', [0,7])
+def test_lists_made_anew(teacher, order):
+    a,b = [],[]
+    for seen,cbs in ((a,[]),(b,[Anew(order)])):
+        fit = FitNet(); learn = learner()
+        seed(3); learn.fit(2, cbs=[KD(teacher, TaskLoss()+fit),*cbs])
+        seen += [state(learn.model),state(fit)]; assert left(learn, teacher)==[]
+    for p,q in zip(a, b, strict=True): assert_same(p, q)
+
+def test_an_optimizer_made_anew(teacher):
+    fit,seen = FitNet(),[]
+    learn = learner()
+    learn.fit(1, cbs=[KD(teacher, TaskLoss()+fit),At('after_batch', lambda l: l.create_opt(), skip=0),At('after_step', lambda l: seen.append(state(fit)['adapters.0.layers.0.weight']))])
+    assert all(not torch.equal(p, q) for p,q in zip(seen, seen[1:])) and len(seen)==3 and left(learn, teacher)==[]
+
+def test_the_compilers_stance_comes_back(teacher):
+    "As an interrupt between the call and the `with` would leave it"
+    import torch._dynamo.eval_frame as dynamo
+    if not hasattr(torch.compiler, 'set_stance'): pytest.skip('from torch 2.6 on')
+    class Stopped(DistillLoss):
+        def forward(self, pred):
+            if pred.requires_grad: torch.compiler.set_stance('force_eager'); raise KeyboardInterrupt
+            return pred.mean()
+    for was in ('default','eager_on_recompile'):
+        torch.compiler.set_stance(was)
+        try:
+            with pytest.raises(KeyboardInterrupt): learner().fit(1, cbs=KD(teacher, TaskLoss()+Stopped()))
+            assert dynamo._stance.stance==was
+        finally: torch.compiler.set_stance('default')
+
+class Counts(nn.Module):
+    "Counts its passes in a buffer and in an attribute"
+    def __init__(self): super().__init__(); self.n = 0; self.register_buffer('m', torch.zeros(()))
+    def forward(self, x):
+        if self.training: self.n += 1; self.m += 1
+        return x
+
+class Again(DistillLoss):
+    def forward(self, student, xb): return student(*xb).pred.pow(2).mean()
+
+def test_another_pass_is_not_remembered():
+    m,count = net(),Counts(); m.pool = nn.Sequential(count, m.pool)
+    learn = learner(m, cbs=(cb := KD(None, TaskLoss()+Again())))
+    cb.plan(); assert (count.n,count.m.item())==(0,0)
+    learn.fit(1); assert (count.n,count.m.item())==(3,3)
+
+def test_copies_at_other_layers_learn_apart(teacher):
+    base = InfoNCE(learn_tau=True)
+    a,b = base.at('layer2'),base.at('layer3')
+    assert len({id(o.log_tau) for o in (base,a,b)})==3
+    fitted(KD(teacher, TaskLoss()+a+b)); assert a.log_tau!=b.log_tau and base.log_tau.item()==pytest.approx(np.log(.07))
+    peer = nn.Linear(2, 2)
+    class Peer(DistillLoss):
+        def __init__(self, peer): self.peer = peer
+        def forward(self, pred): return pred.mean()
+    assert Peer(peer).at('layer2').peer is peer                            # a network that was given is that network
+
+def test_batches_too_small_for_a_loss(teacher):
+    with pytest.raises(ValueError, match='needs batches of at least 2 items, these have 1'): learner(net(bn=False), get_dls(4, bs=1)).fit(1, cbs=KD(teacher, TaskLoss()+InfoNCE()))
+
+def test_tokens_of_other_proportions():
+    class Tokens(nn.Module):
+        def __init__(self): super().__init__(); self.embed,self.fc = nn.Conv2d(1, 4, 2, 2),nn.Linear(4, 10)
+        def forward(self, x): return self.fc(self.tokens(self.embed(x)).mean(1))
+    t = Tokens(); t.tokens = nn.Sequential(nn.Flatten(2), At_last())
+    learn = learner(); wide = lambda l: setattr(l.learn, 'xb', (torch.cat([l.xb[0]]*2, 3),))
+    class Wide(Callback):
+        order = -5
+        def before_batch(self): wide(self)
+    with pytest.raises(ValueError, match="'tokens' of the teacher returns tokens of pictures of 8×8, while the student sees 8×16"):
+        learn.fit(1, cbs=[Wide(),KD(Frozen(t, size=8), TaskLoss()+InfoNCE().at('layer3','tokens'))])
+
+class At_last(nn.Module):
+    def forward(self, z): return z.transpose(1, 2)

@@ -23,7 +23,7 @@ class InfoNCE(FeatureLoss):
         normalize:bool=True,         # Compare directions (cosine); False: raw products, as the formula is often printed
         symmetric:bool=False,        # The mean of this and of finding the student's feature among the student's
         mask_same_class:bool=False,  # Leave other items of the item's own class out of the wrong answers; reads the labels
-        learn_tau:bool=False,        # Learn the temperature, from `tau` on and not below .01, as a column `infonce_tau` shows it
+        learn_tau:bool=False,        # Learn the temperature, from `tau` on and not below .01 (or below a smaller `tau`), as a column `infonce_tau` shows it
     ):
         if not isinstance(tau, (int,float)) or not 0<tau<math.inf: raise ValueError(f'InfoNCE(tau={tau!r}): a temperature is a positive number')
         store_attr()

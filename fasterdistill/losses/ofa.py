@@ -35,7 +35,7 @@ def _shares(pred, target, mix=None, skip=-100):
 
 # %% ../../nbs/losses/12_ofa.ipynb #c009
 def _rows(s, t, y, mix, criterion, who):
-    "Logits of student and teacher as `(N,C)`, a row for each item, pixel or position that counts, and `_shares` of its label; `ValueError` where there is no one class an item"
+    "Logits of student and teacher as `(N,C)`, a row for each item, pixel or position, `_shares` of its label, and 1 for those that count (None where all do); `ValueError` where there is no one class an item"
     axis = class_axis(s, None if y.is_floating_point() else y, criterion) if s.ndim else 0
     _one_class(s, axis, criterion, who)
     same_classes(s, t, axis)
@@ -44,9 +44,9 @@ def _rows(s, t, y, mix, criterion, who):
         if mix is not None or y.is_floating_point(): raise ValueError(f'{who} reads an integer label for each pixel or position, without MixUp and CutMix; here are labels of shape {tuple(y.shape)}, {"mixed" if mix is not None else "not integers"}')
         s,t = (o.movedim(axis, -1).flatten(0,-2) for o in (s,t))
         if y.numel()!=len(s): raise ValueError(f'{who}: labels of shape {tuple(y.shape)} for {len(s)} pixels or positions')
-        keep = (y := y.reshape(-1))!=skip
-        s,t,y = s[keep],t[keep],y[keep]
-    return s,t,_shares(s, y, mix, skip)
+        y = y.reshape(-1)
+        return s,t,_shares(s, y, None, skip),(y!=skip).to(s.dtype)
+    return s,t,_shares(s, y, mix, skip),None
 
 # %% ../../nbs/losses/12_ofa.ipynb #c010
 class OFALogits(DistillLoss):
@@ -62,10 +62,11 @@ class OFALogits(DistillLoss):
         if form not in ('code','paper'): raise ValueError(f"OFALogits(form={form!r}): expected 'code' or 'paper'")
         if not isinstance(gamma, (int,float)) or not 0<gamma<float('inf'): raise ValueError(f'OFALogits(gamma={gamma!r}): expected a positive number')
     def forward(self, pred, teacher_pred, target, mix=None, criterion=None):
-        s,t,q = _rows(plain(pred), plain(teacher_pred), plain(target), mix, criterion, repr(self))
+        s,t,q,keep = _rows(plain(pred), plain(teacher_pred), plain(target), mix, criterion, repr(self))
         p,log_s = (t/self.T).softmax(1),F.log_softmax(s/self.T, 1)
         own,other = ((1+p)**self.gamma-1,p**self.gamma) if self.form=='code' else ((1+p)**self.gamma,p)
-        return -((q*own+(1-q)*other)*log_s).sum()/max(len(s), 1)
+        res = -((q*own+(1-q)*other)*log_s).sum(1)
+        return res.mean() if keep is None else (res*keep).sum()/keep.sum().clamp(min=1)
 
 # %% ../../nbs/losses/12_ofa.ipynb #c028
 class OFA(DistillLoss):

@@ -111,15 +111,16 @@ def loss(self:TAS, pred, teacher_pred, assistant_pred, f_s, f_t, f_a, target, mi
 # %% ../../nbs/losses/50_tas.ipynb #c033
 @patch
 def _right(self:TAS, p_a, y, mix=None, criterion=None):
-    "1 for each item of which the assistant names the class, else 0; of soft labels and blends the larger part counts, items without a label are left out"
+    "The share of items of which the assistant names the class; of soft labels and blends the larger part counts, items without a label are left out (of none at all it is 0)"
     label = lambda y: torch.where(y.isnan().any(1), -1, y.argmax(1)) if y.is_floating_point() else y
     y = label(y) if mix is None else torch.where(torch.as_tensor(mix[1], device=y.device)>=.5, label(y), label(mix[0]))
-    return (p_a.argmax(1)==y)[(y>=0) & (y!=(-1 if (skip := ignored_label(criterion)) is None else skip))].float()
+    known = (y>=0) & (y!=(-1 if (skip := ignored_label(criterion)) is None else skip))
+    return ((p_a.argmax(1)==y) & known).sum()/known.sum().clamp(min=1)
 
 @patch
 def forward(self:TAS, fm_s, fm_t, pred, teacher_pred, student, teacher, target, mix=None, criterion=None, xb=None):
     p_a,f_a = self.assistant(fm_s, fm_t, student, teacher, xb)
     f_s,f_t = (pooled([*fm.values()][1], x=xb) for fm in (fm_s,fm_t))
-    if len(right := self._right(p_a, target, mix, criterion)): self.log('assistant_acc', right.mean())
+    self.log('assistant_acc', self._right(p_a, target, mix, criterion))
     if self.infonce: self.log('tas_tau', self.features.temperature)
     return self.loss(pred, teacher_pred, p_a, f_s, f_t, f_a, target, mix, criterion)
