@@ -141,6 +141,7 @@ def main(out, *names):
     r = dist.get_rank()
     for name in names: torch.save(direct(r) if name=='direct' else run(name, dist.get_world_size(), out), out/f'{name}_{r}.pth')
     dist.destroy_process_group()
+    sys.stdout.flush(); os._exit(0)                            # Python's own way out has aborted, when threads of gloo still wanted the interpreter
 
 def start(*cmd, cwd=root, timeout=300):
     "What `python cmd` prints, or an error with it: a hang is one too"
