@@ -1,5 +1,7 @@
 """Networks that are compiled (`m.compile()`, `torch.compile(m)`), wrapped in a DataParallel, or on another device: the same losses as without, or a clear refusal.
 The other opinion is always the same fit with nothing compiled. Dynamo's own backend 'aot_eager' decides as inductor does what is compiled again and which hooks it sees, and takes a tenth of the time."""
+import os,shutil
+
 import pytest
 import torch
 from common import KD,At,X,assert_close,assert_same,get_dls,learner,left,net,seed,state
@@ -96,12 +98,15 @@ def test_overwritten_activation():
     compare(('overwritten',), who['both'])
 
 def untested(l): raise CancelValidException
+inductor = pytest.mark.skipif(not any(map(shutil.which, filter(None, [os.environ.get('CXX'),'g++','clang++','c++']))), reason='inductor needs a C++ compiler')
 
+@inductor
 def test_inductor():
     "What `m.compile()` means unless told otherwise; one graph, since each costs seconds"
     a = compare(('FitNet',), dict(student=method), backend='inductor', epochs=1, cbs=[At('before_validate', untested)])
     assert a.graphs==[1]
 
+@inductor
 @pytest.mark.slow
 @pytest.mark.parametrize('nets', [who['both'],who['wrapped_both']], ids=['method','wrapped'])
 def test_inductor_in_all(nets): compare(('default','overwritten','FCFD'), nets, backend='inductor', warm=True)
