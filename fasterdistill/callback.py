@@ -422,8 +422,9 @@ def _labels(self:KnowledgeDistillationCallback, learn):
     "The callback that looks after missing labels, if there is one; `ValueError` if there should be"
     if (cb := next((cb for cb in learn.cbs if hasattr(type(cb), 'over')), None)) is not None: return cb       # `MissingLabels`, on its own page too
     base = task_criterion(learn)
-    kind = 'regression' if ignored_label(base)==-100 and all(isinstance(m, _Column) for m in learn.metrics) else task_kind(base)      # then a loss that leaves out -100 is all there is
-    n = max((int(_gaps(y, -100).all(1).sum()) for y in learn.yb if isinstance(y, torch.Tensor) and y.ndim and (y.is_floating_point() or kind!='regression')), default=0)
+    left_out = ignored_label(base)==-100 and all(isinstance(m, _Column) for m in learn.metrics)      # by the loss function, and there is no metric to mislead
+    ints = task_kind(base)!='regression' and not left_out
+    n = max((int(_gaps(y, -100).all(1).sum()) for y in learn.yb if isinstance(y, torch.Tensor) and y.ndim and (y.is_floating_point() or ints)), default=0)
     if n: raise ValueError(f'{n} of the {len(learn.yb[0])} items of the first batch have no label (-100 or NaN): with MissingLabels() among the callbacks the task loss and the metrics are over the labelled items, the distillation over all')
 
 @patch

@@ -78,6 +78,17 @@ def assistant(tas, given): return tas.assistant(**{k: given[k] for k in ('fm_s',
 
 # -- 1: the assistant
 
+def same_with_gradients(got, want, s, tas):
+    "Predictions, features, and their gradients in the student and the projector, to 1e-5; `(parameters, gradients, gradients wanted)`"
+    for a,b in zip(got, want, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-5*max(1, b.abs().max().item()))
+    ps = dict(s.named_parameters()) | {f'l2g.{n}': p for n,p in tas.l2g.named_parameters()}
+    ga,gb = (torch.autograd.grad((p**2).sum()+(f*torch.linspace(-1, 1, f.shape[1])).sum(), list(ps.values()), allow_unused=True) for p,f in (got,want))
+    top = max(g.abs().max() for g in gb if g is not None)
+    for n,a,b in zip(ps, ga, gb, strict=True):
+        assert (a is None)==(b is None), n
+        if a is not None: assert (a-b).abs().max()<=1e-5*max(b.abs().max(), top), n
+    return ps,ga,gb
+
 @pytest.mark.parametrize('student,teacher', [('resnet','vit'),('resnet','swin'),('convnext','mixer'),('resnet','convnext'),('net','own'),('net','net')])
 def test_the_students_stages_then_the_teachers(student, teacher):
     "Prediction, feature and gradients are those of the parts called one after the other"
@@ -88,13 +99,7 @@ def test_the_students_stages_then_the_teachers(student, teacher):
     got = assistant(tas, given)
     want = _late[teacher](t, tas.l2g(_early[student](s, x)))
     assert got[0].shape==(6,10) and got[1].shape==given['fm_t']['embedding'].shape and got[0].std(0).max()>1e-4       # items are told apart
-    for a,b in zip(got, want, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-5*max(1, b.abs().max().item()))
-    ps = dict(s.named_parameters()) | {f'l2g.{n}': p for n,p in tas.l2g.named_parameters()}
-    ga,gb = (torch.autograd.grad((p**2).sum()+(f*torch.linspace(-1, 1, f.shape[1])).sum(), list(ps.values()), allow_unused=True) for p,f in (got,want))
-    top = max(g.abs().max() for g in gb if g is not None)
-    for n,a,b in zip(ps, ga, gb, strict=True):
-        assert (a is None)==(b is None), n
-        if a is not None: assert (a-b).abs().max()<=1e-5*max(b.abs().max(), top), n
+    ps,ga,gb = same_with_gradients(got, want, s, tas)
     first = next(n for n,g in zip(ps, gb, strict=True) if g is not None)
     assert first==next(iter(ps)) and gb[0].abs().max()>0                             # the student's first layer
     assert all(g is not None for n,g in zip(ps, gb, strict=True) if n.startswith('l2g'))
@@ -110,13 +115,7 @@ def test_the_teachers_stages_then_the_students(student, teacher, first):
     with torch.no_grad(): z = _early[teacher](t, x)
     want = _late[student](s, tas.l2g(z))
     assert got[1].shape==given['fm_s']['embedding'].shape and got[0].std(0).max()>1e-4
-    for a,b in zip(got, want, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-5*max(1, b.abs().max().item()))
-    ps = dict(s.named_parameters()) | {f'l2g.{n}': p for n,p in tas.l2g.named_parameters()}
-    ga,gb = (torch.autograd.grad((p**2).sum()+(f*torch.linspace(-1, 1, f.shape[1])).sum(), list(ps.values()), allow_unused=True) for p,f in (got,want))
-    top = max(g.abs().max() for g in gb if g is not None)
-    for n,a,b in zip(ps, ga, gb, strict=True):
-        assert (a is None)==(b is None), n
-        if a is not None: assert (a-b).abs().max()<=1e-5*max(b.abs().max(), top), n
+    ps,ga,gb = same_with_gradients(got, want, s, tas)
     learns = {n for n,g in zip(ps, ga, strict=True) if g is not None and g.abs().max()>0}
     assert any(n.startswith(('head','fc')) for n in learns) and next(iter(s.named_parameters()))[0] not in learns     # the late stages alone
     assert not any(p.requires_grad or p.grad is not None for p in t.parameters())
