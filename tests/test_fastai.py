@@ -16,6 +16,7 @@ from common import KD,At,X,Y,_block,assert_close,assert_same,get_dls,learner,lef
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 import fastai.callback.hook # noqa: F401, gives the Learner its summary()
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix,MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.rnn import ModelResetter,RNNCallback
@@ -35,6 +36,7 @@ from fastai.text.models.core import get_language_model,get_text_classifier
 from fastai.torch_core import TensorImage
 from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import noop
+from fastcore.foundation import L
 from sklearn import datasets
 import test_processes
 from test_callback import HalfCPU
@@ -367,6 +369,9 @@ def summary(learn, cbs):
     text = '\n'.join(o for o in learn.summary().split('\n') if not o.lstrip().startswith('-') and 'Loss function' not in o)
     learn.fit(2)
     return text
+class Scaled(MixedPrecision):
+    "fastai's own scaling of the loss, on a CPU"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', enabled=False),torch.amp.GradScaler('cpu', init_scale=2.**16),L()
 accumulated = partial(GradientAccumulation, 64)
 def compiled(m): m.compile(backend='aot_eager'); return m              # inductor itself is in test_compile.py
 def twice(learn, cbs): learn.fit(1, cbs=cbs); learn.fit(1, cbs=cbs)
@@ -393,6 +398,7 @@ ways = {
     'GradientAccumulation': Way(run=each(accumulated), dls=lambda: get_dls(128, shuffle=False)),
     'GradientClip': Way(run=each(lambda: GradientClip(.1))),
     'mixed precision (bf16, CPU)': Way(run=each(HalfCPU), tol=2e-3),
+    'mixed precision (fp16 scaler)': Way(run=each(Scaled)),
     'ChannelsLast': Way(run=each(ChannelsLast)),
     'MixUp': Way(run=each(lambda: MixUp(.4))),
     'CutMix': Way(run=each(lambda: CutMix(1.))),
