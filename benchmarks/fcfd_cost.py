@@ -10,7 +10,7 @@ from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.logits import SoftTarget
-from fasterdistill.net import Net
+from fasterdistill.networks.net import Net
 from speed import Batches,cases,learner,ratio,stages
 
 # -- what is measured

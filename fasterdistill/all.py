@@ -6,20 +6,14 @@
 __all__ = []
 
 # %% ../nbs/90_all.ipynb #c003
-import pkgutil
-from importlib import import_module
-from . import losses
-from .adapters import *
 from .callback import *
 from .checkpoint import *
-from .layers import *
 from .loss import *
+from .losses import *
 from .missing import *
-from .net import *
+from .networks import *
 from .show import *
+from .task import *
 from .teachers import *
 
-_losses = [import_module(f'{losses.__name__}.{m.name}') for m in pkgutil.iter_modules(losses.__path__)]   # one page, one module: none is listed twice
-globals().update({n: getattr(m, n) for m in _losses for n in m.__all__})
-del pkgutil,import_module,losses
 __all__ = [n for n in dir() if n[0]!='_']

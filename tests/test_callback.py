@@ -34,7 +34,7 @@ from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
-from fasterdistill.teachers import Frozen
+from fasterdistill.teachers.teacher import Frozen
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from transformers import (BertConfig,BertForSequenceClassification,BertModel,GPT
 from fasterdistill.loss import DistillLoss,TaskLoss
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.logits import SoftTarget
-from fasterdistill.teachers import Frozen
+from fasterdistill.teachers.teacher import Frozen
 
 torch.set_num_threads(1)
 cpu = torch.device('cpu')

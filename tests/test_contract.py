@@ -18,10 +18,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import fasterdistill.adapters,fasterdistill.loss,fasterdistill.losses
+import fasterdistill.loss,fasterdistill.losses,fasterdistill.networks.adapters
 from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.loss import DistillLoss,TaskLoss,ramp,steps
-from fasterdistill.net import Net
+from fasterdistill.networks.net import Net
 
 torch.set_num_threads(1)
 
@@ -317,7 +317,7 @@ def test_two_fits(cls):
     for k,p in now.items():
         if p.requires_grad and any(g[k] is not None and g[k].abs().max()>0 for g in r.watch.loss_grads[n:]): assert not torch.equal(p, values[k]), f'{k} has not moved'
 
-scope = {k: v for m in (fasterdistill.loss,fasterdistill.adapters,*modules) for k,v in vars(m).items() if not k.startswith('__')} | dict(partial=partial, Small=Small)
+scope = {k: v for m in (fasterdistill.loss,fasterdistill.networks.adapters,*modules) for k,v in vars(m).items() if not k.startswith('__')} | dict(partial=partial, Small=Small)
 
 @each
 def test_repr(cls):

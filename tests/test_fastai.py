@@ -49,8 +49,8 @@ from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.missing import MissingLabels
-from fasterdistill.net import Net
-from fasterdistill.teachers import Frozen
+from fasterdistill.networks.net import Net
+from fasterdistill.teachers.teacher import Frozen
 
 torch.set_num_threads(1)
 columns = 'the loss picked','FitNet','FCFD'                              # loss omitted; TaskLoss()+FitNet(); TaskLoss()+FCFD()

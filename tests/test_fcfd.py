@@ -17,7 +17,8 @@ from common import KD,get_dls,learner,left,net,seed,state,assert_same
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fcfd import FCFD
-from fasterdistill.net import Net,Taps
+from fasterdistill.networks.net import Net
+from fasterdistill.networks.taps import Taps
 
 timm = pytest.importorskip('timm')
 vectors = Path(__file__).parent/'vectors'

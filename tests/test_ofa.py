@@ -12,7 +12,7 @@ from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,LabelSmooth
 from torch import nn
 
 from common import KD,At,X,Y,assert_same,get_dls,learner,left,net,seed,state
-from fasterdistill.adapters import MapExit,TokenExit
+from fasterdistill.networks.adapters import MapExit,TokenExit
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.ofa import OFA,OFALogits
 from fasterdistill.missing import MissingLabels

@@ -14,7 +14,8 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import noop
 from torch import nn
 
-from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,gather,steps
+from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,steps
+from fasterdistill.task import gather
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE

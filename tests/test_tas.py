@@ -12,11 +12,11 @@ from fastai.losses import BCEWithLogitsLossFlat,MSELossFlat
 from test_fcfd import BF16
 from torch import nn
 
-from fasterdistill.layers import stages
+from fasterdistill.networks.stages import stages
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.tas import TAS
 from fasterdistill.missing import MissingLabels
-from fasterdistill.net import Net
+from fasterdistill.networks.net import Net
 
 timm = pytest.importorskip('timm')
 torch.set_num_threads(1)

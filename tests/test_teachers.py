@@ -18,7 +18,7 @@ from fasterdistill.loss import DistillLoss,TaskLoss
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.logits import BinarySoftTarget,SoftTarget
-from fasterdistill.teachers import Ensemble,Frozen,Teacher,as_teacher
+from fasterdistill.teachers.teacher import Ensemble,Frozen,Teacher,as_teacher
 
 torch.set_num_threads(1)
 

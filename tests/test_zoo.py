@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten
 
-from fasterdistill.layers import find_layer,pair_layers,stages,to_map
-from fasterdistill.net import Net,Taps
+from fasterdistill.networks.names import find_layer,pair_layers
+from fasterdistill.networks.stages import stages,to_map
+from fasterdistill.networks.net import Net
+from fasterdistill.networks.taps import Taps
 
 timm = pytest.importorskip('timm')
 tv = pytest.importorskip('torchvision').models

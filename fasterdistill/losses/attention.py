@@ -8,7 +8,8 @@ __all__ = ['attention_map', 'Attention']
 # %% ../../nbs/losses/20_attention.ipynb #c002
 import torch.nn.functional as F
 from fastcore.basics import store_attr
-from ..layers import plain,to_map
+from ..networks.record import plain
+from ..networks.stages import to_map
 from ..loss import FeatureLoss
 
 # %% ../../nbs/losses/20_attention.ipynb #c010

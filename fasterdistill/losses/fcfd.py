@@ -9,9 +9,10 @@ __all__ = ['FCFD']
 import torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from ..adapters import bridge
-from ..layers import describe,to_map
-from ..loss import DistillLoss,task_kind
+from ..networks.adapters import bridge
+from ..networks.stages import describe,to_map
+from ..loss import DistillLoss
+from ..task import task_kind
 from .logits import BinarySoftTarget,Logits,SoftTarget
 
 # %% ../../nbs/losses/29_fcfd.ipynb #c008

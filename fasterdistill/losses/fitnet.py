@@ -8,8 +8,9 @@ __all__ = ['FitNet']
 # %% ../../nbs/losses/21_fitnet.ipynb #c002
 import torch.nn.functional as F
 from fastcore.basics import store_attr
-from ..adapters import regressor
-from ..layers import plain,to_map
+from ..networks.adapters import regressor
+from ..networks.record import plain
+from ..networks.stages import to_map
 from ..loss import FeatureLoss
 
 # %% ../../nbs/losses/21_fitnet.ipynb #c008

@@ -9,8 +9,10 @@ __all__ = ['InfoNCE']
 import math,torch,torch.distributed as dist,torch.nn.functional as F
 from fastcore.basics import patch,store_attr
 from torch import nn
-from ..layers import describe,plain,pooled
-from ..loss import FeatureLoss,gather,ignored_label,task_kind
+from ..networks.record import plain
+from ..networks.stages import describe,pooled
+from ..loss import FeatureLoss
+from ..task import gather,ignored_label,task_kind
 
 # %% ../../nbs/losses/30_infonce.ipynb #c008
 class InfoNCE(FeatureLoss):

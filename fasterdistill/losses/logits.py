@@ -8,8 +8,9 @@ __all__ = ['SoftTarget', 'BinarySoftTarget', 'Logits']
 # %% ../../nbs/losses/10_logits.ipynb #c002
 import torch.nn.functional as F
 from fastcore.basics import store_attr
-from ..layers import plain
-from ..loss import DistillLoss,check_T,class_axis,ignored_label,same_classes,task_kind
+from ..networks.record import plain
+from ..loss import DistillLoss
+from ..task import check_T,class_axis,ignored_label,same_classes,task_kind
 
 # %% ../../nbs/losses/10_logits.ipynb #c010
 class SoftTarget(DistillLoss):

@@ -9,9 +9,11 @@ __all__ = ['OFALogits', 'OFA']
 import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from ..adapters import exit_head
-from ..layers import describe,plain
-from ..loss import DistillLoss,check_T,class_axis,ignored_label,same_classes,task_kind
+from ..networks.adapters import exit_head
+from ..networks.record import plain
+from ..networks.stages import describe
+from ..loss import DistillLoss
+from ..task import check_T,class_axis,ignored_label,same_classes,task_kind
 
 # %% ../../nbs/losses/12_ofa.ipynb #c008
 def _one_class(pred, axis, criterion, who):

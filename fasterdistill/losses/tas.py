@@ -9,9 +9,10 @@ __all__ = ['TAS']
 import torch
 from fastcore.basics import patch,store_attr
 from torch import nn
-from ..adapters import local_to_global
-from ..layers import describe,pooled
-from ..loss import DistillLoss,ignored_label,same_classes,task_kind
+from ..networks.adapters import local_to_global
+from ..networks.stages import describe,pooled
+from ..loss import DistillLoss
+from ..task import ignored_label,same_classes,task_kind
 from .infonce import InfoNCE
 from .ofa import OFALogits
 

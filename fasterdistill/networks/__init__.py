@@ -1,0 +1,7 @@
+"Any network, read and run without changing it"
+from .record import *
+from .stages import *
+from .names import *
+from .taps import *
+from .net import *
+from .adapters import *

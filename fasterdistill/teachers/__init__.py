@@ -1,0 +1,2 @@
+"What only teaches"
+from .teacher import *
