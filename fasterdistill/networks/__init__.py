@@ -3,5 +3,6 @@ from .record import *
 from .stages import *
 from .names import *
 from .taps import *
+from .cuts import *
 from .net import *
 from .adapters import *
