@@ -27,9 +27,10 @@ from .networks.names import match_stages
 from .networks.record import stance_kept,cloned,plain,reading,record,rng_kept,tupled
 from .networks.stages import describe,stages
 from .loss import TaskLoss,as_loss,check_weight,name_terms,weigher
-from .task import class_axis,ignored_label,task_kind
+from .task import class_axis,task_kind
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
-from .missing import gaps
+from .missing import labels_of,refuse_gaps
+from .state import grads_of,same_shapes,set_grads
 from .networks.net import Net
 from .networks.net import unhook
 from .networks.taps import Taps
@@ -425,12 +426,8 @@ def _check_idx(self:KnowledgeDistillationCallback, learn, terms):
 @patch
 def _labels(self:KnowledgeDistillationCallback, learn):
     "The callback that looks after missing labels, if there is one; `ValueError` if there should be"
-    if (cb := next((cb for cb in learn.cbs if hasattr(type(cb), 'over')), None)) is not None: return cb       # `MissingLabels`, on its own page too
-    base = task_criterion(learn)
-    left_out = ignored_label(base)==-100 and all(isinstance(m, _Column) for m in learn.metrics)      # by the loss function, and there is no metric to mislead
-    ints = task_kind(base)!='regression' and not left_out
-    n = max((int(gaps(y, -100).all(1).sum()) for y in learn.yb if isinstance(y, torch.Tensor) and y.ndim and (y.is_floating_point() or ints)), default=0)
-    if n: raise ValueError(f'{n} of the {len(learn.yb[0])} items of the first batch have no label (-100 or NaN): with MissingLabels() among the callbacks the task loss and the metrics are over the labelled items, the distillation over all')
+    refuse_gaps(learn, [m for m in learn.metrics if not isinstance(m, _Column)])
+    return labels_of(learn)
 
 @patch
 def _compiled(self:KnowledgeDistillationCallback, learn):
@@ -579,16 +576,6 @@ def _leave_optimizer(self:KnowledgeDistillationCallback):
     s.items = None
 
 # %% ../nbs/10_callback.ipynb #c017
-def _same_shapes(what, kept, here):
-    "`ValueError` unless two state dicts have the same names and shapes"
-    size = lambda d,k: 'missing' if k not in d else str(tuple(getattr(d[k], 'shape', ())))
-    if (bad := [k for k in {**kept, **here} if size(kept, k)!=size(here, k)]):
-        raise ValueError(f'{what} does not fit: {len(bad)} entries differ, the first is {bad[0]!r}, {size(kept, bad[0])} in the file and {size(here, bad[0])} here')
-
-def _grads(ps): "Gradients that are there: one of zeros (True) is stepped too, and one that is missing (None) is not"; return [None if p.grad is None else p.grad if p.grad.any() else True for p in ps]
-def _set_grads(ps, gs):
-    for p,g in zip(ps, gs, strict=True): p.grad = torch.zeros_like(p) if g is True else None if g is None else g.to(p.device)
-
 _place = re.compile(' at 0x[0-9a-f]+')
 
 @patch
@@ -596,7 +583,7 @@ def state_dict(self:KnowledgeDistillationCallback):
     "What a fit that goes on needs of the losses; the student and the teacher are not in it"
     if self.loss is None: return dict(loss=None)
     return dict(loss=_place.sub('', repr(self.loss)), learned=dict(self.loss.state_dict()), opt=[self._s.opt_state.get(p) for p in self.loss.parameters()],
-                draws=[g.get_state() for g in _generators(self.loss)], grads=_grads(self.loss.parameters()), history=list(self._s.history))
+                draws=[g.get_state() for g in _generators(self.loss)], grads=grads_of(self.loss.parameters()), history=list(self._s.history))
 
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback, state):
@@ -611,10 +598,10 @@ def _go_on(self:KnowledgeDistillationCallback):
     s = self._s
     st,s.pending = s.pending,None
     if st is None or st['loss'] is None: return
-    _same_shapes(f'what {self.loss!r} learned', st['learned'], self.loss.state_dict())
+    same_shapes(f'what {self.loss!r} learned', st['learned'], self.loss.state_dict())
     self.loss.load_state_dict(st['learned'])
     for g,o in zip(_generators(self.loss), st['draws'], strict=True): g.set_state(o)
-    _set_grads(self.loss.parameters(), st['grads'])
+    set_grads(self.loss.parameters(), st['grads'])
     there = lambda p,d: {k: v.to(p.device) if isinstance(v, torch.Tensor) and v.shape==p.shape else v for k,v in d.items()}
     s.opt,s.opt_state = s.learn.opt,{p: tuple(there(p, d) for d in o) for p,o in zip(self.loss.parameters(), st['opt'], strict=True) if o}
 

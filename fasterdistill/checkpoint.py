@@ -15,7 +15,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import join_path_file
 from fastai.torch_core import get_model,rank_distrib
 from fastcore.foundation import L
-from .callback import KnowledgeDistillationCallback,_grads,_same_shapes,_set_grads
+from .callback import KnowledgeDistillationCallback
+from .state import grads_of,same_shapes,set_grads
 from .networks.record import plain
 
 # %% ../nbs/11_checkpoint.ipynb #c005
@@ -88,7 +89,7 @@ class Checkpoint(Callback):
         recorder = dict(lrs=r.lrs, losses=[float(o) for o in r.losses], iters=r.iters, smooth=(r.smooth_loss.count,r.smooth_loss.val),
                         values=[[o if isinstance(o, (int,float)) else None for o in _simple(row)] for row in r.values])
         rest = dict(fit=self._fit(), epoch=learn.epoch+1, iters=learn.train_iter, opt=learn.opt.state_dict(), kds=[cb.state_dict() for cb in self._kds()], recorder=recorder,
-                    counting=[{k: getattr(cb, k) for k in _counts if k in vars(cb)} for cb in self._counting()], scaler=scaler and scaler.state_dict(), rng=_rng(learn), grads=_grads(learn.model.parameters()))
+                    counting=[{k: getattr(cb, k) for k in _counts if k in vars(cb)} for cb in self._counting()], scaler=scaler and scaler.state_dict(), rng=_rng(learn), grads=grads_of(learn.model.parameters()))
         tmp = self.file.with_suffix('.tmp')
         torch.save(dict(model=get_model(learn.model).state_dict(), **_simple(rest)), tmp); os.replace(tmp, self.file)
 
@@ -99,11 +100,11 @@ class Checkpoint(Callback):
         model,now = get_model(learn.model),self._fit()
         for k,v in now.items():
             if st['fit'][k]!=v: raise ValueError(f'{self.file} was written by a fit with {k} = {st["fit"][k]}, here it is {v}: going on needs the same fit')
-        _same_shapes(f'the model in {self.file}', st['model'], model.state_dict())
+        same_shapes(f'the model in {self.file}', st['model'], model.state_dict())
         if _sizes(st['opt'])!=_sizes(learn.opt.state_dict()): raise ValueError(f'the optimizer in {self.file} is not this one: the same kind, splitter and parameters are expected')
         for cb,o in zip(self._kds(), st['kds'], strict=True): cb.load_state_dict(o)
         model.load_state_dict(st['model']); learn.opt.load_state_dict(st['opt'])
-        _set_grads(learn.model.parameters(), st['grads'])
+        set_grads(learn.model.parameters(), st['grads'])
         learn.train_iter,self.kept = st['iters'],st
         if 'hypers' in st['opt']:
             learn.opt.hypers = L(st['opt']['hypers'])

@@ -76,7 +76,7 @@ def fit(learn, *cbs, n=2):
     return state(learn.model)
 def clean(learn, *teachers):
     assert left(learn, *teachers)==[]
-    assert learn.missing_labels._whole is None and learn.missing_labels._part is None and learn.pred is None
+    assert learn.missing_labels.batch is None and learn.pred is None
 
 # ---- training ----
 
