@@ -10,6 +10,7 @@ __all__ = ['Call', 'Info', 'plain', 'tupled', 'cloned', 'lifted', 'tensors', 'fi
 import random,sys,weakref
 from collections import namedtuple
 from contextlib import contextmanager,nullcontext
+from copy import copy
 import numpy as np,torch
 from torch.nn.modules.module import register_module_forward_hook,register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves,tree_map
@@ -105,9 +106,10 @@ def as_info(o):
 
 # %% ../../nbs/networks/00_record.ipynb #c009b
 class Record:
-    "The module calls of one pass in the order they finished (`ends` says when), what it returned (`raw`) and what was kept"
+    """The module calls of one pass in the order they finished (`ends` says when), what was kept of them,
+    what the network returned (`raw`), and what `record` ran (`result`: the same, or what was made of it)"""
     def __init__(self, model, xb):
-        self.model,self.xb,self.raw = model,as_info(tuple(xb)),None
+        self.model,self.xb,self.raw,self.result = model,as_info(tuple(xb)),None,None
         self.calls,self.ends,self.prints,self.kept = [],[],[],{}
     def __iter__(self): return iter(self.calls)
     def find(self, name, n=1):
@@ -124,6 +126,11 @@ class Record:
     def activation(self, layer):
         "The `Kept` activation of a `Layer`, or None where it did not run or was not asked for"
         return self.kept.get((layer.name,layer.n,layer.kind))
+    def bare(self):
+        "A copy without any tensor"
+        res = copy(self)
+        res.raw,res.result,res.kept,res.prints = None,None,{},[]
+        return res
     def later(self, tick):
         "Names and prints of the calls that finished after `tick`"
         calls = zip(self.calls, self.prints, self.ends, strict=True)
@@ -196,6 +203,7 @@ class _Recorder:
         self.rec.calls.append(Call(module, self.names[module], n, outer, start, as_info(out), same))
         self.rec.ends.append(self.tick)
         self.tick += 1
+        if module is self.rec.model: self.rec.raw = out
         if self.prints: self.rec.prints.append(_prints(out))
         self.hold(self.names[module], n, 'out', out)
 
@@ -209,7 +217,7 @@ def record(model, *xb,
     "Run `model` on `xb` in its present mode and note every module call, as a `Record`"
     notes = _Recorder(model, xb, keep, copy, prints)
     handles = register_module_forward_pre_hook(notes.enter),register_module_forward_hook(notes.leave)
-    try: notes.rec.raw = (run or model)(*xb)
+    try: notes.rec.result = (run or model)(*xb)
     finally:
         for h in handles: h.remove()
     notes.rec.prints = _as_numbers(notes.rec.prints)
