@@ -55,7 +55,7 @@ def test_adapters_of_sequences_by_hand():
     with pytest.raises(ValueError, match='no regressor from'): regressor(s, torch.randn(2,5,2,2))
 
 def test_tokens_that_are_no_grid_of_the_example():
-    "An example of 8×12 positions; then 6×9 of a smaller picture, and 25 that fit neither its columns nor its proportions"
+    "An example of 8×12 positions; 6×9 of a smaller picture, and 25 that fit neither its columns nor its proportions"
     st = describe((2,96,6), torch.zeros(2,3,64,96))
     assert st.size==(8,12)
     assert to_map(torch.randn(2,54,6), st).shape==(2,6,6,9)
