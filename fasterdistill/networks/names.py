@@ -7,99 +7,173 @@ __all__ = ['Layer', 'find_layer', 'match_stages', 'pair_layers']
 
 # %% ../../nbs/networks/02_names.ipynb #h002
 import difflib,re
-from collections import namedtuple
+from functools import cached_property
+from typing import NamedTuple
+from fastcore.basics import store_attr
 from torch import nn
 from .record import reading,record,tupled
-from .stages import is_grid,stages
+from .stages import ends_of_parts,is_grid,stages
 
 # %% ../../nbs/networks/02_names.ipynb #c023
-Layer = namedtuple('Layer', 'name kind n item')     # kind: 'out' | 'in'
-_pat = re.compile(r'^(?P<name>[^:#\[\]]*)(?:#(?P<n>\d+))?(?:\[(?P<item>[^\]]+)\])?(?::(?P<kind>in|pre))?$')
+class Layer(NamedTuple):
+    "Where an activation is read"
+    name: str        # Of the module, its full path; '' is the network itself
+    kind: str        # 'out', what the module returns, or 'in', what goes into it
+    n: int           # Which of the module's calls, from 1
+    item: str | None # Index or key, where that is a tuple, a list or a dict
 
-def _nearest(name, names, n=3):
-    tails = {}
-    for o in names:
-        for k in {o, o.split('.')[-1]}: tails.setdefault(k, o)
-    hits = difflib.get_close_matches(name, list(tails), n, .5) or difflib.get_close_matches(name.split('.')[-1], list(tails), n, .5)
-    return list(dict.fromkeys(tails[h] for h in hits))
+_pattern = re.compile(r'^(?P<path>[^:#\[\]]*)(?:#(?P<n>\d+))?(?:\[(?P<item>[^\]]+)\])?(?::(?P<kind>in|pre))?$')
 
-def _unknown(name, model, who, n_stages=0):
-    names = [n for n,_ in model.named_modules() if n]
-    if (m := re.match(r'^stage(\d+)$', name)): return ValueError(f"the {who} ({type(model).__name__}) has no {name!r}: it has {n_stages} stages, 'stage1' to 'stage{n_stages}'" if n_stages else f"the {who} ({type(model).__name__}) has no stages: it returns no maps or tokens on the way; name its layers")
-    near = _nearest(name, names) or [n for n,_ in model.named_children()][:5]
-    return ValueError(f"the {who} ({type(model).__name__}) has no layer {name!r}; nearest: {', '.join(map(repr, near)) or 'none, it has no named layers'}")
+def _written(name):
+    "The parts of a name as it is written, its kind perhaps 'pre'; `ValueError` if it is no name of a layer"
+    m = _pattern.match(name) if isinstance(name, str) else None
+    if m is None:
+        raise ValueError(f"{name!r} is no name of a layer: expected something like "
+                         "'layer3', 'fc:in', 'neck[2]', 'stage2' or 'embedding'")
+    return Layer(m['path'], m['kind'] or 'out', int(m['n'] or 1), m['item'])
 
 # %% ../../nbs/networks/02_names.ipynb #c023b
-def find_layer(model, name, x=None, rec=None, who='network'):
-    "The `Layer` that `name` (see the table) means in `model`; aliases are found by running it on `x`. `ValueError` with the nearest names if there is none"
-    m = _pat.match(name) if isinstance(name, str) else None
-    if m is None: raise ValueError(f"{name!r} is no name of a layer: expected something like 'layer3', 'fc:in', 'neck[2]', 'stage2' or 'embedding'")
-    path,kind,n,item = m['name'],m['kind'] or 'out',int(m['n'] or 1),m['item']
-    names = dict(model.named_modules())
-    if path not in names and path.startswith('model.'): path = path[6:] if path[6:] in names else path
-    if path in names and path: pass
-    elif path=='output': path = ''
-    elif len(tails := [o for o in names if o.endswith('.'+path)])==1: path = tails[0]
-    elif len(tails)>1: raise ValueError(f"{name!r} could be any of {', '.join(map(repr, tails[:5]))} in the {who} ({type(model).__name__}): write one of them")
-    else:
-        rec = _need(model, x, rec, name, who)
-        alias = _alias(model, path, x, rec)
-        if alias is None: raise _unknown(name, model, who, len(stages(model, rec.xb if x is None else x, rec)) if path.startswith('stage') else 0)
-        if alias.kind=='in' and kind!='out': raise ValueError(f"{path!r} is an input already: write it without ':{kind}'")
-        path,n,item = alias.name,alias.n,item or alias.item
-        kind = alias.kind if kind=='out' else kind
-    if kind=='pre':
-        rec = _need(model, x, rec, name, who)
-        path,kind,n,item = *_before_act(rec, path, n, name, who),None
-    return Layer(path, kind, n, item)
+class Asked:
+    "A network that is asked for a layer by its name"
+    def __init__(self,
+        model,        # The network
+        name,         # As somebody wrote it
+        x=None,       # An example input, a tensor or a tuple of them
+        rec=None,     # The `Record` of a pass, instead of another
+        who='network' # What to call it in messages
+    ):
+        store_attr()
+        self.modules = [n for n,_ in model.named_modules()]
+        self.called = f'the {who} ({type(model).__name__})'
+
+    @cached_property
+    def ran(self):
+        "A recorded pass"
+        if self.rec is not None: return self.rec
+        if self.x is None:
+            raise ValueError(f'to find {self.name!r} in the {self.who} it has to run: give an example input `x`')
+        with reading(self.model): return record(self.model, *tupled(self.x))
+
+    @cached_property
+    def stages(self): return stages(self.model, self.ran.xb if self.x is None else self.x, self.ran)
+
+    def module(self, path):
+        "The full path of the module that `path` means, None if none; `ValueError` if it could be several"
+        for o in (path, path.removeprefix('model.')):
+            if o and o in self.modules: return o
+        if path=='output': return ''
+        ends = [o for o in self.modules if o.endswith('.'+path)]
+        if len(ends)>1:
+            some = ', '.join(map(repr, ends[:5]))
+            raise ValueError(f"{self.name!r} could be any of {some} in {self.called}: write one of them")
+        return ends[0] if ends else None
+
+    def embedding(self):
+        "The `Layer` of what goes into the last layer with weights, None if none has any"
+        outer = {c.parent for c in self.ran}         # a network may hold weights of its own, as a ViT its class token
+        layers = [c for c in self.ran if c.start not in outer and [*c.module.parameters(recurse=False)]]
+        return Layer(layers[-1].name, 'in', layers[-1].n, None) if layers else None
+
+    def end_of_stage(self, path):
+        "The `Layer` that ends the stage `path` counts, None if there is none"
+        m = re.match(r'^(stage|layer)(\d+)$', path)
+        if not m: return None
+        own = any(re.search(r'(^|\.)layer\d', o) for o in self.modules)
+        if m[1]=='layer' and own: return None
+        i = int(m[2])-1
+        return _written(self.stages[i].name) if 0<=i<len(self.stages) else None
 
 # %% ../../nbs/networks/02_names.ipynb #c023c
-def _need(model, x, rec, name, who):
-    if rec is not None: return rec
-    if x is None: raise ValueError(f'to find {name!r} in the {who} it has to run: give an example input `x`')
-    with reading(model): return record(model, *tupled(x))
+def _nearest(name, names, n=3):
+    "The `n` of `names` that look most like `name`, by their whole path or its end"
+    tails = {}
+    for o in names:
+        for key in {o, o.split('.')[-1]}: tails.setdefault(key, o)
+    alike = lambda o: difflib.get_close_matches(o, list(tails), n, .5)
+    hits = alike(name) or alike(name.split('.')[-1])
+    return list(dict.fromkeys(tails[o] for o in hits))
 
-def _alias(model, path, x, rec):
-    if path=='embedding':
-        inner = {c.parent for c in rec}                # a network may hold a parameter of its own, as the class token of a ViT
-        leaves = [c for c in rec if c.start not in inner and next(c.module.parameters(recurse=False), None) is not None]
-        if not leaves: return None
-        return Layer(leaves[-1].name, 'in', leaves[-1].n, None)
-    m = re.match(r'^(?:stage|layer)(\d+)$', path)      # layer1…4 of a ResNet that fastai cut out and left without names
-    if not m or (path.startswith('layer') and any(re.search(r'(^|\.)layer\d', n) for n,_ in model.named_modules())): return None
-    sts,i = stages(model, rec.xb if x is None else x, rec),int(m[1])-1
-    if not 0<=i<len(sts): return None
-    p = _pat.match(sts[i].name)
-    return Layer(p['name'], 'out', int(p['n'] or 1), p['item'])
-
-_acts = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh)
+def _unknown(asked):
+    "The error for a name that means nothing in the network that is asked"
+    name,n = asked.name,0
+    if re.match(r'^stage\d+$', name):
+        n = len(asked.stages)
+        if n: return ValueError(f"{asked.called} has no {name!r}: it has {n} stages, 'stage1' to 'stage{n}'")
+        return ValueError(f"{asked.called} has no stages: it returns no maps or tokens on the way; name its layers")
+    children = [o for o,_ in asked.model.named_children()]
+    near = _nearest(name, asked.modules[1:]) or children[:5]
+    near = ', '.join(map(repr, near)) or 'none, it has no named layers'
+    return ValueError(f"{asked.called} has no layer {name!r}; nearest: {near}")
 
 # %% ../../nbs/networks/02_names.ipynb #c023d
-def _before_act(rec, path, n, name, who):
-    "The call whose input is what `path` returned before its last activation"
+_activations = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.SELU, nn.CELU,
+                nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh)
+
+def _before_activation(asked, path, n):
+    "The `Layer` of what the `n`-th call of `path` returned before its last activation"
+    rec = asked.ran
     top = rec.find(path, n)
-    if top is None: raise ValueError(f"the {who}'s layer {path!r} did not run {n} time(s), so there is nothing before its activation")
-    end = rec.ends[rec.calls.index(top)]
-    inside = [c for c,e in zip(rec.calls, rec.ends) if top.start<=c.start and e<=end and isinstance(c.module, _acts)]
-    if not inside or inside[-1].out!=top.out:
-        raise ValueError(f"{name!r}: no activation module ends {path!r} in the {who}, so nothing can be read before it (a functional `F.relu` cannot be seen); "
-                         f"name a module inside it instead: {', '.join(repr(c.name) for c in rec if c.parent==top.start) or 'none'}")
-    return inside[-1].name,'in',inside[-1].n
+    if top is None:
+        raise ValueError(f"the {asked.who}'s layer {path!r} did not run {n} time(s), "
+                         "so there is nothing before its activation")
+    ends = rec.when(Layer(path, 'out', n, None))
+    inside = [c for c,end in zip(rec.calls, rec.ends, strict=True) if top.start<=c.start and end<=ends]
+    acts = [c for c in inside if isinstance(c.module, _activations)]
+    if acts and acts[-1].out==top.out: return Layer(acts[-1].name, 'in', acts[-1].n, None)
+    others = ', '.join(repr(c.name) for c in rec if c.parent==top.start) or 'none'
+    raise ValueError(f"{asked.name!r}: no activation module ends {path!r} in the {asked.who}, so nothing can be read "
+                     "before it (a functional `F.relu` cannot be seen); "
+                     f"name a module inside it instead: {others}")
+
+# %% ../../nbs/networks/02_names.ipynb #c023e
+def _alias(asked, parts):
+    "The `Layer` that an alias stands for, with the item and the kind that `parts`, the name as it is written, adds"
+    found = asked.embedding() if parts.name=='embedding' else asked.end_of_stage(parts.name)
+    if found is None: raise _unknown(asked)
+    found = found._replace(item=parts.item or found.item)
+    if found.kind=='out': return found._replace(kind=parts.kind)
+    if parts.kind!='out': raise ValueError(f"{parts.name!r} is an input already: write it without ':{parts.kind}'")
+    return found
+
+def find_layer(
+    model,        # The network
+    name,         # As in the table
+    x=None,       # An example input, a tensor or a tuple of them: it is run where the modules' names do not tell
+    rec=None,     # The `Record` of a pass, instead of another
+    who='network' # What to call it in messages
+):
+    "The `Layer` that a name means in `model`; `ValueError` with the nearest names if there is none"
+    parts = _written(name)
+    asked = Asked(model, name, x, rec, who)
+    path = asked.module(parts.name)
+    layer = _alias(asked, parts) if path is None else parts._replace(name=path)
+    return _before_activation(asked, layer.name, layer.n) if layer.kind=='pre' else layer
 
 # %% ../../nbs/networks/02_names.ipynb #c028
-def match_stages(ss, ts):
+def match_stages(
+    ss, # The student's stages
+    ts, # The teacher's
+):
     "Pairs of stages: equal sizes, else equal relative depth"
-    by_size = {t.size:t for t in ts if is_grid(t)}
-    pairs = [(s, by_size[s.size]) for s in ss if is_grid(s) and s.size in by_size]
+    once = lambda sts: len({s.size for s in sts})==len(sts)
+    by_size = {t.size: t for t in ts if is_grid(t)}
+    equal = [(s, by_size[s.size]) for s in ss if is_grid(s) and s.size in by_size]
     few = min(len(ss), len(ts))
-    if len({t for _,t in pairs})==len(pairs)>0 and len(pairs)>=few-1 and len(ss)==len({s.size for s in ss}) and len(ts)==len({t.size for t in ts}): return pairs
-    pick = lambda o: [o[-(-len(o)*(i+1)//few)-1] for i in range(few)]
-    return list(zip(pick(ss), pick(ts), strict=True))
+    if equal and len(equal)>=few-1 and once(ss) and once(ts): return equal
+    return list(zip(ends_of_parts(ss, few), ends_of_parts(ts, few), strict=True))
 
-def pair_layers(student, teacher, x, n=None, teacher_x=None):
-    "Names of layers that belong together, a list of `(student's, teacher's)`, shallow to deep, the last `n` of them if given; `teacher_x` if the teacher sees another input than `x`"
+def pair_layers(
+    student,        # A network
+    teacher,        # Another
+    x,              # An example input of the student, a tensor or a tuple of them
+    n=None,         # How many pairs, the last of all; all if left out
+    teacher_x=None, # The teacher's input, if it sees another
+):
+    "Names of layers that belong together, `(student's, teacher's)`, shallow to deep; `ValueError` without stages"
     ss,ts = stages(student, x),stages(teacher, x if teacher_x is None else teacher_x)
-    for o,who in ((ss,student),(ts,teacher)):
-        if not o: raise ValueError(f'no stages found in {type(who).__name__}: it returns no maps or tokens on the way; name the layers')
+    for sts,model in ((ss,student),(ts,teacher)):
+        if sts: continue
+        raise ValueError(f'no stages found in {type(model).__name__}: it returns no maps or tokens on the way; '
+                         'name the layers')
     pairs = [(s.name,t.name) for s,t in match_stages(ss, ts)]
     return pairs if n is None else pairs[-n:]

@@ -6,179 +6,322 @@
 __all__ = ['Stage', 'describe', 'to_map', 'pooled', 'from_map', 'is_grid', 'activation', 'stages']
 
 # %% ../../nbs/networks/01_stages.ipynb #h002
-from collections import namedtuple
-from math import log2
+from itertools import groupby
+from math import isqrt,log2,prod
+from typing import NamedTuple
 import torch
 from .record import Info,reading,record,tupled
 
 # %% ../../nbs/networks/01_stages.ipynb #c012
-Stage = namedtuple('Stage', 'name channels size layout prefix', defaults=(0,))
-Stage.__doc__ = "A layer's output: `channels`, `size` (H,W) or (L,) for sequences or () for vectors, `layout` (NCHW NHWC BLC BC), `prefix` tokens before the grid"
+class Stage(NamedTuple):
+    "What a layer returns, without the batch; as text, its shape"
+    name: str       # Of the layer, as `find_layer` understands it
+    channels: int
+    size: tuple     # (H,W) of a map, (L,) of a sequence, () of a vector
+    layout: str     # NCHW NHWC BLC BC
+    prefix: int = 0 # Tokens before the grid
 
-def _hw(x):
+    @property
+    def area(self):
+        "How many positions it has: rows times columns, the length of a sequence, 1 for a vector"
+        return prod(self.size)
+
+    @property
+    def is_grid(self):
+        "Whether its positions have rows and columns"
+        return len(self.size)==2
+
+    @property
+    def shape(self):
+        "Its shape in its own layout"
+        if self.layout=='NCHW': return self.channels,*self.size
+        if self.layout=='BLC': return self.prefix+self.area,self.channels
+        return *self.size,self.channels
+
+    @property
+    def is_cube(self):
+        "Whether all sides are equal, so that the shape cannot say which of them are the channels"
+        return self.size==(self.channels,self.channels)
+
+    def __str__(self): return f"({', '.join(map(str, self.shape))})"
+
+# %% ../../nbs/networks/01_stages.ipynb #c012a
+def _picture(x):
     "Height and width of an input if it is a picture, else None"
-    s = getattr(x[0] if isinstance(x, (tuple,list)) and x else x, 'shape', ())
-    return tuple(s[-2:]) if len(s)==4 else None
+    first = x[0] if isinstance(x, (tuple,list)) and x else x
+    shape = getattr(first, 'shape', ())
+    return tuple(shape[-2:]) if len(shape)==4 else None
 
 def _fits(h, w, hw):
-    H,W = hw or (1,1)
-    return abs(h*W-w*H) < max(H,W) if hw else h==w
+    "Whether `h` rows and `w` columns have the proportions of `hw` (of a square if None), to a row or a column"
+    if hw is None: return h==w
+    H,W = hw
+    return abs(h*W-w*H) < max(H,W)
 
 def _grid(L, hw):
-    "Rows, columns and prefix tokens of `L` tokens over an input of `hw` pixels (square if unknown); None if no grid fits"
-    H,W = hw or (1,1)
-    h0 = int((L*H/W)**.5+1e-6)
-    for h in range(h0+1, max(h0-2,0), -1):
-        for w in {int(h*W/H), -int(-h*W//H)}:
-            if w>0 and 0<=L-h*w<=5 and _fits(h, w, hw): return h,w,L-h*w
+    "Rows, columns and prefix tokens of `L` tokens in the proportions of `hw`; None if no grid fits"
+    H,W = hw
+    rows = int((L*H/W)**.5+1e-6)
+    for h in range(rows+1, max(rows-2,0), -1):
+        for w in {h*W//H, -(-h*W//H)}:
+            prefix = L-h*w
+            if w>0 and 0<=prefix<=5 and _fits(h, w, hw): return h,w,prefix
+
+def _square(L):
+    "Rows, columns and prefix tokens of `L` tokens that are surely a square; None if they are not"
+    for prefix in (0,1,2,5):
+        side = isqrt(max(L-prefix, 0))
+        alone = side==1 and prefix
+        if side and side**2==L-prefix and not alone: return side,side,prefix
 
 # %% ../../nbs/networks/01_stages.ipynb #c012b
-def describe(z, x=None, name='', nhwc=None):
-    "The `Stage` of activation `z` (or its shape), for the input `x` if at hand; None for what is no `(B,…)` activation of 2 to 4 dimensions"
-    s,hw = tuple(getattr(z, 'shape', z)),_hw(x)
-    if len(s)==4:
-        if nhwc is None: nhwc = not _fits(s[2],s[3],hw) and _fits(s[1],s[2],hw)
-        return Stage(name, s[3], s[1:3], 'NHWC') if nhwc else Stage(name, s[1], s[2:4], 'NCHW')
-    if len(s)==3:
-        g = _grid(s[1], hw) if hw or x is None else None              # where no picture went in (text, a table) a sequence is one
-        return Stage(name, s[2], g[:2], 'BLC', g[2]) if g else Stage(name, s[2], (s[1],), 'BLC')
-    if len(s)==2: return Stage(name, s[1], (), 'BC')
+def describe(
+    z,         # An activation or its shape
+    x=None,    # The input, a tensor or a tuple of them, if at hand
+    name='',   # Of the layer
+    nhwc=None, # Whether the channels of a map come last, if that is known
+):
+    "The `Stage` of an activation; None for what is no `(B,…)` activation of 2 to 4 dimensions"
+    shape,hw = tuple(getattr(z, 'shape', z)),_picture(x)
+    if len(shape)==2: return Stage(name, shape[1], (), 'BC')
+    if len(shape)==3:
+        _,L,channels = shape
+        grid = _square(L) if x is None else hw and _grid(L, hw)
+        if not grid: return Stage(name, channels, (L,), 'BLC')
+        rows,cols,prefix = grid
+        return Stage(name, channels, (rows,cols), 'BLC', prefix)
+    if len(shape)==4:
+        _,a,b,c = shape
+        if nhwc is None: nhwc = not _fits(b, c, hw) and _fits(a, b, hw)
+        return Stage(name, c, (a,b), 'NHWC') if nhwc else Stage(name, a, (b,c), 'NCHW')
 
 # %% ../../nbs/networks/01_stages.ipynb #c015
-def to_map(z, stage=None, x=None):
+def _rows_cols(L, size):
+    "Rows and columns of `L` tokens where an example had those of `size`: its columns, or else its proportions"
+    cols = size[1]
+    if L%cols==0: return L//cols,cols
+    grid = _grid(L, size)
+    if grid is None or grid[2]: raise ValueError(f'{L} tokens are no grid in the proportions of {size[0]}×{cols}')
+    return grid[:2]
+
+def to_map(
+    z,          # An activation
+    stage=None, # What it is, as `describe` says
+    x=None,     # The input, where `stage` is not given
+):
     "`z` as `(B,C,H,W)`, prefix tokens left out; `ValueError` if it has no grid"
     st = stage or describe(z, x)
     if st.layout=='NCHW': return z
     if st.layout=='NHWC': return z.permute(0,3,1,2)
     if st.layout=='BC': return z[...,None,None]
-    if len(st.size)<2: raise ValueError(f'an activation of shape {tuple(z.shape)} is a sequence without a grid of rows and columns: it cannot be read as a map')
-    h,w = (z.shape[1]-st.prefix)//st.size[1] if st.size[1] else 0,st.size[1]
-    g = _grid(z.shape[1]-st.prefix, st.size) if h*w!=z.shape[1]-st.prefix else (h,w)
-    return z[:,st.prefix:].transpose(1,2).unflatten(2, tuple(g[:2]))
+    if not st.is_grid:
+        raise ValueError(f'an activation of shape {tuple(z.shape)} is a sequence without a grid of rows and columns: '
+                         'it cannot be read as a map')
+    tokens = z[:,st.prefix:].transpose(1,2)
+    return tokens.unflatten(2, _rows_cols(tokens.shape[2], st.size))
 
-def pooled(z, stage=None, x=None):
+# %% ../../nbs/networks/01_stages.ipynb #c015b
+def pooled(
+    z,          # An activation
+    stage=None, # What it is, as `describe` says
+    x=None,     # The input, where `stage` is not given
+):
     "`z` as vectors `(B,C)`: the mean over positions, prefix tokens left out"
     st = stage or describe(z, x)
-    if st is None: raise ValueError(f'an activation of shape {tuple(z.shape)} cannot be pooled: expected (B,C), (B,L,C) or a map')
+    if st is None:
+        raise ValueError(f'an activation of shape {tuple(z.shape)} cannot be pooled: expected (B,C), (B,L,C) or a map')
     if st.layout=='BC': return z
-    return z[:,st.prefix:].mean(1) if st.layout=='BLC' else z.mean((2,3) if st.layout=='NCHW' else (1,2))
+    if st.layout=='BLC': return z[:,st.prefix:].mean(1)
+    return z.mean((2,3) if st.layout=='NCHW' else (1,2))
 
-def from_map(m, stage, z=None):
-    "A map `(B,C,H,W)` in the layout of `stage`; prefix tokens are those of `z`, else the mean over the grid"
+def from_map(
+    m,      # A map (B,C,H,W)
+    stage,  # The `Stage` whose layout is wanted
+    z=None, # An activation whose prefix tokens to take; the mean over the grid stands for them if left out
+):
+    "A map in the layout of `stage`, with its number of prefix tokens"
     if stage.layout=='NCHW': return m
     if stage.layout=='NHWC': return m.permute(0,2,3,1)
     if stage.layout=='BC': return m.mean((2,3))
-    t = m.flatten(2).transpose(1,2)
-    if not stage.prefix: return t
-    pre = t.mean(1, keepdim=True).expand(-1,stage.prefix,-1) if z is None else z[:,:stage.prefix]
-    return torch.cat([pre,t], 1)
+    tokens = m.flatten(2).transpose(1,2)
+    if not stage.prefix: return tokens
+    mean = tokens.mean(1, keepdim=True).expand(-1,stage.prefix,-1)
+    return torch.cat([mean if z is None else z[:,:stage.prefix], tokens], 1)
 
 # %% ../../nbs/networks/01_stages.ipynb #c018
-def is_grid(st, hw=None): return st is not None and len(st.size)==2 and (hw is None or _fits(*st.size, hw))
+def is_grid(
+    st,      # A `Stage` or None
+    hw=None, # Height and width of a picture
+):
+    "Whether `st` has rows and columns, if `hw` is given in the proportions of that picture"
+    return st is not None and st.is_grid and (hw is None or _fits(*st.size, hw))
 
-def _kids(rec):
-    kids = {}
-    for c in rec.calls: kids.setdefault(c.parent, []).append(c)
-    return kids
+def _is_activation(o, B): return isinstance(o, Info) and o.shape[:1]==(B,)
 
-def activation(c, B, x, nhwc=None):
-    "The `Stage` of a call's output (of a tuple the first item that is one), if it is an activation of a batch of `B`"
-    ofB,o,item = lambda o: isinstance(o, Info) and o.shape[:1]==(B,),c.out,''
-    if isinstance(o, (tuple,list,dict)) and not isinstance(o, Info): o,item = next(((o,f'[{i}]') for i,o in (o.items() if isinstance(o, dict) else enumerate(o)) if ofB(o)), (None,''))
-    if not ofB(o): return None
-    name = c.name if c.n==1 else f'{c.name}#{c.n}'
-    return describe(o.shape, x, name+item, nhwc)
+def _first_activation(items, B):
+    "The first activation of `B` items in a tuple, a list or a dict, or None, and what its place adds to a name"
+    pairs = items.items() if isinstance(items, dict) else enumerate(items)
+    return next(((o,f'[{key}]') for key,o in pairs if _is_activation(o, B)), (None,''))
 
-def _params(m): return sum(p.numel() for p in m.parameters())
+def activation(
+    call,      # A `Call`
+    B,         # Size of the batch
+    x,         # The input, a tensor or a tuple of them
+    nhwc=None, # Whether the channels of a map come last, if that is known
+):
+    "The `Stage` of what a call returned (of a tuple the first item that has one); None if that is no activation"
+    out,place = call.out,''
+    if isinstance(out, (tuple,list,dict)) and not isinstance(out, Info): out,place = _first_activation(out, B)
+    if not _is_activation(out, B): return None
+    name = call.name if call.n==1 else f'{call.name}#{call.n}'
+    return describe(out.shape, x, name+place, nhwc)
+
+# %% ../../nbs/networks/01_stages.ipynb #s020
+class Outputs:
+    "What the calls of `rec`, a recorded pass on `x`, returned, and which call made which"
+    def __init__(self, rec, x):
+        self.rec,self.hw = rec,_picture(x)
+        batch = rec.xb[0].shape[0]
+        self.stages = {c.start: activation(c, batch, x) for c in rec.calls}
+        self.families = {}                   # calls by the one that made them; the network's own by -1
+        for c in rec.calls: self.families.setdefault(c.parent, []).append(c)
+
+    def of(self, call):
+        "The `Stage` of what `call` returned, None if that is no activation"
+        return self.stages[call.start]
+
+    def named(self, name):
+        "The `Stage` of what the module called `name` returned, None if it did not run"
+        call = self.rec.find(name)
+        return None if call is None else self.of(call)
+
+    def within(self, call):
+        "The calls that `call` itself made, in order, as far as they returned an activation"
+        return [c for c in self.families.get(call.start, []) if self.of(c)]
+
+    def has_most(self, *calls):
+        "Whether the modules of `calls` hold more than half of the network's weights"
+        return sum(_params(c.module) for c in calls) > .5*max(_params(self.rec.model), 1)
+
+    def blocks(self):
+        "The longest run of more than three equal blocks that hold most of the weights; empty if there is none"
+        runs = [run for family in self.families.values() for run in _runs(family)]
+        runs = [run for run in runs if len(run)>3 and self.has_most(*run) and self.of(run[0])]
+        return max(runs, key=len, default=[])
+
+def _params(m):
+    "How many weights a module has"
+    return sum(p.numel() for p in m.parameters())
+
+def _runs(calls):
+    "Neighbouring calls of the same class that return the same shape"
+    return [list(run) for _,run in groupby(calls, lambda c: (type(c.module),c.out))]
 
 # %% ../../nbs/networks/01_stages.ipynb #c018b
-def _trunk(rec, x, hw):
-    "Calls along the main line of a network whose outputs have a grid, and the run of equal blocks that holds most of its weights"
-    B,kids,total = rec.xb[0].shape[0],_kids(rec),max(_params(rec.model), 1)
-    area = lambda c: st.size[0]*st.size[1] if is_grid(st := activation(c, B, x), hw) else None
-    below = {}                                      # sizes inside a call, as it finishes
-    for c in rec.calls:
-        below[c.start] = {area(c)}.union(*[below[k.start] for k in kids.get(c.start, [])])-{None}
-    def walk(c):
-        ks = [k for k in kids.get(c.start, []) if activation(k, B, x)]
-        many = len({a for a in below[c.start] if a >= (area(c) or 0)}) > 2
-        big = _params(c.module) > .5*total and len({area(k) for k in ks}-{None}) > 1
-        if not ks or not (c.parent<0 or many or big): return [c]
-        return [o for k in ks for o in walk(k)] + ([c] if c.parent>=0 and not c.same else [])
-    runs = [r for ks in kids.values() for r in _runs(ks) if len(r)>3 and sum(_params(k.module) for k in r) > .5*total and activation(r[0], B, x)]
-    return [o for c in kids[-1] for o in walk(c)],max(runs, key=len, default=[])
+class Trunk:
+    "The main line of a network: its `calls`, shallow to deep. Maps count in the proportions of `hw`, all with None"
+    def __init__(self, outs, hw):
+        self.outs,self.hw = outs,hw
+        self.areas = {}                      # of the maps that go by while a call runs; inner calls finish first
+        for c in outs.rec.calls:
+            inner = [self.areas[i.start] for i in outs.families.get(c.start, [])]
+            self.areas[c.start] = {self.area(c)}.union(*inner)-{None}
+        self.calls = [o for c in outs.families[-1] for o in self.along(c)]
 
-def _runs(ks):
-    "Neighbouring calls of the same class that return the same shape"
-    run = []
-    for k in ks:
-        if run and type(k.module) is type(run[-1].module) and k.out==run[-1].out: run.append(k)
-        else:
-            if run: yield run
-            run = [k]
-    if run: yield run
+    def area(self, call):
+        "Positions of the map that `call` returned, None if it is no map"
+        st = self.outs.of(call)
+        return st.area if is_grid(st, self.hw) else None
+
+    def has_stages(self, call, inner):
+        "Whether stages end within `call`, which made the calls `inner`"
+        if call.parent<0: return True
+        larger = [a for a in self.areas[call.start] if a >= (self.area(call) or 0)]
+        if len(larger)>2: return True
+        return len({self.area(i) for i in inner}-{None})>1 and self.outs.has_most(call)
+
+    def along(self, call):
+        "`call`, or the main line within it and then `call`, if it returns something of its own"
+        inner = self.outs.within(call)
+        if not inner or not self.has_stages(call, inner): return [call]
+        line = [o for i in inner for o in self.along(i)]
+        return line if call.parent<0 or call.same else [*line,call]
+
+    def maps(self):
+        "The maps along the line, without what was merely pooled to a single position"
+        sts = [(self.outs.of(c),c.module) for c in self.calls]
+        return [st for st,m in sts if is_grid(st, self.hw) and (st.size!=(1,1) or _params(m))]
+
+# %% ../../nbs/networks/01_stages.ipynb #c018d
+def ends_of_parts(o, n):
+    "The last items of `n` equal parts of the list `o`, of as many as there are if it is shorter"
+    n = min(n, len(o))
+    return [o[-(-len(o)*(i+1)//n)-1] for i in range(n)]
+
+def _by_reduction(sts, hw):
+    "The last map at each size, four at most"
+    res = list({s.size: s for s in sts if s.is_grid}.values())
+    if len(res)>1 and res[-1].size==(1,1) and min(res[-2].size)>3: res.pop()    # a head's, pooled
+    return (_usual(res, hw) if hw else res)[-4:]
+
+def _usual(sts, hw):
+    "Of a big picture's stages those at a reduction of 4 to 32, one for each halving"
+    reduction = lambda st: hw[0]/max(st.size[0], 1)
+    if max(map(reduction, sts), default=0) >= 15: sts = [s for s in sts if reduction(s)>3]
+    if len(sts)>4: sts = list({round(log2(reduction(s))): s for s in sts}.values())
+    if len(sts)>4: sts = [s for s in sts if reduction(s)<48]
+    return sts
 
 # %% ../../nbs/networks/01_stages.ipynb #c018c
-def _quarters(names):
-    n = len(names); k = min(n, 4)
-    return [names[-(-n*(i+1)//k)-1] for i in range(k)]
-
-def _timm_stages(model, rec, x, B):
-    "Stages a network states itself in timm's `feature_info`, if its modules ran"
+def _feature_info(model):
+    "For each part of `model` that has timm's `feature_info`, the names of the modules that end its stages"
     for prefix,m in model.named_modules():
         infos = getattr(m, 'feature_info', None)
         infos = getattr(infos, 'info', infos)
-        if not isinstance(infos, (list,tuple)) or not infos or not all(isinstance(i, dict) and i.get('module') for i in infos): continue
-        calls = [rec.find(f'{prefix}.{i["module"]}' if prefix else i['module']) for i in infos]
-        sts = [None if c is None else activation(c, B, x) for c in calls]
-        if any(s is None for s in sts): continue
+        if not isinstance(infos, (list,tuple)) or not infos: continue
+        names = [i.get('module') if isinstance(i, dict) else None for i in infos]
+        if all(names): yield [f'{prefix}.{n}' if prefix else n for n in names]
+
+def _stated(model, outs):
+    "The stages that a network states itself, if the modules that it names ran; else None"
+    for names in _feature_info(model):
+        sts = [outs.named(n) for n in names]
+        if not all(sts): continue
         sts = list(dict.fromkeys(sts))
-        if len({s.size for s in sts})==1: return _quarters(sts)
-        return _by_reduction(sts, x)
+        if len({s.size for s in sts})==1: return ends_of_parts(sts, 4)
+        return _by_reduction(sts, outs.hw)
 
-# %% ../../nbs/networks/01_stages.ipynb #c018d
-def _by_reduction(sts, x):
-    "The last activation at each size; of big pictures only those at a reduction of 4 to 32, one for each halving"
-    hw,last = _hw(x),{}
-    for s in sts:
-        if is_grid(s): last[s.size] = s
-    res = list(last.values())
-    if len(res)>1 and res[-1].size==(1,1) and min(res[-2].size)>3: res.pop()    # a head's, pooled
-    if hw:
-        red = lambda s: hw[0]/max(s.size[0],1)
-        if res and max(map(red, res)) >= 15: res = [s for s in res if red(s)>3]
-        if len(res)>4: res = list({round(log2(red(s))):s for s in res}.values())
-        if len(res)>4: res = [s for s in res if red(s)<48]
-    return res[-4:]
+def _encoder(sts):
+    "`sts` up to where the maps grow again"
+    grown = [i for i in range(1, len(sts)) if sts[i].area > sts[i-1].area]
+    return sts[:grown[0]] if grown else sts
 
-def stages(model, x, rec=None):
-    "Where the stages of `model` end on input `x` (a tensor or a tuple of them): a list of `Stage`, shallow to deep. The network is run once and left as it was"
-    xb = tupled(x)
-    if rec is None:
-        with reading(model): rec = record(model, *xb)
-    B,hw = rec.xb[0].shape[0],_hw(x)
-    res = _timm_stages(model, rec, x, B) or _found(rec, x, B, hw)
-    if len(res)<2 and hw: res = _found(rec, x, B, None) or res        # maps that keep no proportions
-    return _vote(res, rec, x, B)
+def _found(outs, hw):
+    "Stages told from the order of calls; with `hw` only maps in these proportions count"
+    maps = _encoder(Trunk(outs, hw).maps())
+    blocks = [outs.of(c) for c in outs.blocks()]
+    few = len({s.size for s in maps}) < 3
+    tokens = {s.size for s in maps if s.layout=='BLC'}
+    if blocks and (few or len(tokens)==1 and maps[-1].layout==blocks[0].layout=='BLC'):
+        return ends_of_parts(blocks, 4)                  # one resolution, perhaps after a stem of others
+    return _by_reduction(maps, outs.hw)
 
 # %% ../../nbs/networks/01_stages.ipynb #c018e
-def _found(rec, x, B, hw):
-    "Stages told from the order of calls; with `hw` only maps in the proportions of the picture count (attention has others)"
-    trunk,blocks = _trunk(rec, x, hw)
-    acts = [(c,activation(c, B, x)) for c in trunk]
-    acts = [(c,s) for c,s in acts if is_grid(s, hw) and not (s.size==(1,1) and not _params(c.module))]
-    keep,low = [],None
-    for c,s in acts:                       # a size that grows again is a decoder: the stages are the encoder's
-        area = s.size[0]*s.size[1]
-        if low is not None and area>low: break
-        keep.append(s); low = area
-    tokens = {s.size for s in keep if s.layout=='BLC'}
-    if blocks and (len({s.size for s in keep})<3 or len(tokens)==1 and keep[-1].layout=='BLC' and activation(blocks[0], B, x).layout=='BLC'):
-        return _quarters([activation(c, B, x) for c in blocks])              # one resolution, perhaps after a stem of others
-    return _by_reduction(keep, x)
-
-def _vote(sts, rec, x, B):
+def _vote(sts):
     "Maps with three equal sides could lie either way: they lie as the others do"
-    sure = [s.layout for s in sts if s.layout in ('NCHW','NHWC') and not s.channels==s.size[0]==s.size[1]]
+    sure = [s.layout for s in sts if not s.is_cube]
     if sure.count('NHWC') <= sure.count('NCHW'): return sts
-    return [s._replace(layout='NHWC') if s.layout=='NCHW' and s.channels==s.size[0]==s.size[1] else s for s in sts]
+    return [s._replace(layout='NHWC') if s.layout=='NCHW' and s.is_cube else s for s in sts]
+
+def stages(
+    model,    # The network; it is run once in evaluation mode, unless `rec` is given, and left as it was
+    x,        # An example input, a tensor or a tuple of them
+    rec=None, # The `Record` of a pass on `x`
+):
+    "Where a network's stages end: a list of `Stage`, shallow to deep; empty if it has no maps or tokens on the way"
+    if rec is None:
+        with reading(model): rec = record(model, *tupled(x))
+    outs = Outputs(rec, x)
+    res = _stated(model, outs) or _found(outs, outs.hw)
+    if len(res)<2 and outs.hw: res = _found(outs, None) or res        # maps that keep no proportions
+    return _vote(res)
