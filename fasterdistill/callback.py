@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/10_callback.ipynb #c002
-import inspect,re,weakref
+import inspect,re
 from contextlib import ExitStack,contextmanager,nullcontext
 from copy import deepcopy
 from functools import partial,wraps
@@ -211,8 +211,6 @@ class _Column(ValueMetric):
     def __deepcopy__(self, memo): return _Column(None, self.name)
     def __reduce__(self): return ValueMetric,(nullcontext().__exit__,self.name)
 
-def _generators(loss): return [g for m in loss.modules() for g in vars(m).values() if isinstance(g, torch.Generator)]
-
 # %% ../nbs/10_callback.ipynb #c009
 @patch
 def _check(self:KnowledgeDistillationCallback, loss):
@@ -241,10 +239,10 @@ def _check(self:KnowledgeDistillationCallback, loss):
 def _spec(self:KnowledgeDistillationCallback, t):
     "Which layers a term reads, as said on it, to the callback, or by its class: `(student's, teacher's)`"
     acts = self.activations_student,self.activations_teacher
-    return t.loss._at if t.loss._at is not None else acts if acts!=(None,None) else (t.loss.layers,None)
+    return t.loss.named_layers if t.loss.named_layers is not None else acts if acts!=(None,None) else (t.loss.layers,None)
 def _unequal(t, s, tt): raise ValueError(f'{t.loss!r} pairs layers, but {len(s)} of the student ({", ".join(map(repr, s))}) and {len(tt)} of the teacher ({", ".join(map(repr, tt))}) are named: give as many of each')
 def _terms(loss):
-    pairs = loss._terms()
+    pairs = loss.terms()
     return [_Term(w, l, n) for (w,l),n in zip(pairs, name_terms([l for _,l in pairs]), strict=True)]
 
 @patch
@@ -254,15 +252,6 @@ def _share(self:KnowledgeDistillationCallback):
     for pos in (0.,.25,.5,.75,1.):
         if not 0<=(w := f(pos, 0.))<=1: raise ValueError(f'weight={self.weight!r}, schedule={self.schedule!r}: the share of the distillation is {w:.4g} at pos={pos}; expected 0 to 1')
     return f
-
-@patch
-def _learns_for(self:KnowledgeDistillationCallback, loss, student, teacher):
-    "`ValueError` for a loss whose parts learned with other networks: they would carry over without a word"
-    if next(loss.parameters(), None) is None: return
-    if loss._for is None: loss._for = weakref.ref(student),None if teacher is None else weakref.ref(teacher)
-    was = [r and r() for r in loss._for]
-    for who,a,b in (('student',was[0],student),('teacher',was[1],teacher)):
-        if a is not b: raise ValueError(f'{loss!r} has learned parts that were trained with another {who}: make a new loss for this one')
 
 # %% ../nbs/10_callback.ipynb #c009c
 @patch
@@ -358,7 +347,7 @@ def _open(self:KnowledgeDistillationCallback):
     for t in s.open.taps: s.stack.callback(t.remove); t.attach()
     if s.open.taps and self._compiled(learn): torch.compiler.reset()      # a graph made before the hooks came would go on without them, silently
     if any(isinstance(cb, LRFinder) for cb in learn.cbs):
-        kept,gens = deepcopy(self.loss.state_dict()),[(g, g.get_state()) for g in _generators(self.loss)]
+        kept,gens = deepcopy(self.loss.state_dict()),[(g, g.get_state()) for g in self.loss.generators()]
         opt,opt_state = s.opt,{p: deepcopy(st) for p,st in s.opt_state.items()}
         def back():
             self.loss.load_state_dict(kept); s.opt,s.opt_state = opt,opt_state
@@ -404,8 +393,8 @@ def _prepare(self:KnowledgeDistillationCallback, learn, terms, loss, stack):
         if o.labels is not None: o.criterion = o.labels.over(o.criterion)
         v = self._example(learn, o, xb, student)
         for t in terms:
-            if not t.loss._built: t.loss.build(**self._given(t, v, t.builds))
-            self._learns_for(t.loss, student, teacher.model if has else None)
+            if not t.loss.built: t.loss.build(**self._given(t, v, t.builds))
+            t.loss.begin(student, teacher.model if has else None)
         loss.to(device)
         o.params = self._learned(learn, loss)
         self._try(terms, loss, v)
@@ -524,7 +513,7 @@ def _given(self:KnowledgeDistillationCallback, t, v, names):
 @patch
 def _try(self:KnowledgeDistillationCallback, terms, loss, v):
     "Every term once on the example: what fails, fails before anything is trained"
-    gens = [(g, g.get_state()) for g in _generators(loss)]
+    gens = [(g, g.get_state()) for g in loss.generators()]
     was = [(m, m.training) for m in loss.modules()]
     buffers = [(b, b.clone()) for b in loss.buffers()]
     try:
@@ -541,7 +530,7 @@ def _try(self:KnowledgeDistillationCallback, terms, loss, v):
         for m,f in was: m.training = f
         for b,c in buffers: b.copy_(c)
         for g,st in gens: g.set_state(st)
-        for t in terms: t.loss._logged.clear()
+        for t in terms: t.loss.take_logged()
 
 @patch
 def _learned(self:KnowledgeDistillationCallback, learn, loss):
@@ -596,7 +585,7 @@ def state_dict(self:KnowledgeDistillationCallback):
     "What a fit that goes on needs of the losses; the student and the teacher are not in it"
     if self.loss is None: return dict(loss=None)
     return dict(loss=_place.sub('', repr(self.loss)), learned=dict(self.loss.state_dict()), opt=[self._s.opt_state.get(p) for p in self.loss.parameters()],
-                draws=[g.get_state() for g in _generators(self.loss)], grads=_grads(self.loss.parameters()), history=list(self._s.history))
+                draws=[g.get_state() for g in self.loss.generators()], grads=_grads(self.loss.parameters()), history=list(self._s.history))
 
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback, state):
@@ -613,7 +602,7 @@ def _go_on(self:KnowledgeDistillationCallback):
     if st is None or st['loss'] is None: return
     _same_shapes(f'what {self.loss!r} learned', st['learned'], self.loss.state_dict())
     self.loss.load_state_dict(st['learned'])
-    for g,o in zip(_generators(self.loss), st['draws'], strict=True): g.set_state(o)
+    for g,o in zip(self.loss.generators(), st['draws'], strict=True): g.set_state(o)
     _set_grads(self.loss.parameters(), st['grads'])
     there = lambda p,d: {k: v.to(p.device) if isinstance(v, torch.Tensor) and v.shape==p.shape else v for k,v in d.items()}
     s.opt,s.opt_state = s.learn.opt,{p: tuple(there(p, d) for d in o) for p,o in zip(self.loss.parameters(), st['opt'], strict=True) if o}
@@ -734,9 +723,7 @@ def _note(self:KnowledgeDistillationCallback, t, x):
     s = self._s
     x = x.detach()
     s.parts[t.name] = x; s.means[t.name].add(x)
-    if t.loss._logged:
-        for n,val in t.loss._logged.items(): s.means[t.columns[n]].add(val); s.parts[t.columns[n]] = val
-        t.loss._logged.clear()
+    for n,val in t.loss.take_logged().items(): s.means[t.columns[n]].add(val); s.parts[t.columns[n]] = val
 
 @patch
 def _note_agreement(self:KnowledgeDistillationCallback, o, v):
