@@ -104,7 +104,7 @@ class DistillLoss(Companion, metaclass=_LossMeta):
     def __init__(self): pass
 
     def build(self):
-        "Make learned parts from example tensors, read by name as in `forward`; called once, on the first training batch"
+        "Make learned parts from examples, read by name as in `forward`; called once, on the first training batch"
     @classmethod
     def example(cls, student, x):
         "An instance for the tests that every loss is put through; to be defined where the class needs arguments"
@@ -127,7 +127,9 @@ class DistillLoss(Companion, metaclass=_LossMeta):
         res.take_logged()
         return res
 
-    def terms(self): "It as a sum: a list of `(weights, loss)`"; return [((),self)]
+    def terms(self):
+        "What it is a sum of, a list of `(weights, loss)`"
+        return [((),self)]
     def __add__(self, other): return Sum(self, other)
     def __radd__(self, other): return self if isinstance(other, (int,float)) and other==0 else Sum(other, self)
     def __mul__(self, weight): return _weighed(self, check_weight(weight))
