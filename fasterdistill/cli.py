@@ -216,7 +216,7 @@ def picture(
 # %% ../nbs/80_cli.ipynb #c027
 def _taught(teacher, loss, weight):
     "The callback, with a loss of its own; without a weight 0.9, or what the loss itself says where it holds the task loss"
-    whole = any(isinstance(l, TaskLoss) for _,l in loss._terms())
+    whole = any(isinstance(l, TaskLoss) for _,l in loss.terms())
     return KnowledgeDistillationCallback(teacher, deepcopy(loss), weight=weight if weight is not None else .5 if whole else .9)
 
 @contextmanager

@@ -10,9 +10,11 @@ __all__ = ['READS', 'DistillLoss', 'Function', 'as_loss', 'Weight', 'ramp', 'aft
 import inspect,math
 from copy import deepcopy
 from functools import lru_cache,partial,wraps
-from fastcore.meta import PrePostInitMeta
 import torch
+from fastcore.basics import camel2snake
+from fastcore.meta import PrePostInitMeta
 from torch import nn
+from .companion import Companion
 
 # %% ../nbs/00_loss.ipynb #c005
 READS = dict(
@@ -33,124 +35,179 @@ READS = dict(
     pos          = "fraction of the fit, 0 to 1")
 
 # %% ../nbs/00_loss.ipynb #c006
-def _names(f, what, also=(), bound=True):
-    "Names a function reads, `{name: required}`; `TypeError` for one that nothing can be given for"
-    ps = list(inspect.signature(f).parameters.values())[1 if bound else 0:]
-    res = {}
-    for p in ps:
-        if p.kind in (p.VAR_POSITIONAL,p.VAR_KEYWORD): raise TypeError(f'{what} takes *{p.name}: a loss names what it reads, one parameter each, out of {", ".join(READS)}')
-        if p.name in also: continue
-        if p.name not in READS: raise TypeError(f'{what} names {p.name!r}, which cannot be read; there are {", ".join([*also,*READS])}')
-        if p.default not in (p.empty,None): raise TypeError(f'{what}: {p.name}={p.default!r}; what is read has no default but None, which makes it optional')
-        res[p.name] = p.default is p.empty
-    return res
+def _reads(method, what, also=()):
+    "What a method reads, `{name: required}`, without the names in `also`; `TypeError` for one that cannot be read"
+    _,*params = inspect.signature(method).parameters.values()
+    for p in params: _check_name(p, what, also)
+    return {p.name: p.default is p.empty for p in params if p.name not in also}
 
-@lru_cache
-def _params(f): return frozenset(inspect.signature(f).parameters)
+def _check_name(p, what, also):
+    "`TypeError` unless parameter `p` names something that can be read"
+    if p.kind in (p.VAR_POSITIONAL,p.VAR_KEYWORD):
+        raise TypeError(f'{what} takes *{p.name}: a loss names what it reads, '
+                        f'one parameter each, out of {", ".join(READS)}')
+    if p.name in also: return
+    if p.name not in READS:
+        raise TypeError(f'{what} names {p.name!r}, which cannot be read; there are {", ".join([*also,*READS])}')
+    if p.default not in (p.empty,None):
+        raise TypeError(f'{what}: {p.name}={p.default!r}; '
+                        'what is read has no default but None, which makes it optional')
+
+# %% ../nbs/00_loss.ipynb #c006c
+def _show(o):
+    "`o` as one would write it in an expression"
+    if isinstance(o, nn.Module) and not isinstance(o, DistillLoss): return type(o).__name__
+    if isinstance(o, partial): return _written('partial', (o.func,*o.args), o.keywords)
+    return o.__name__ if inspect.isroutine(o) or inspect.isclass(o) else repr(o)
+
+def _written(name, args=(), kwargs={}):
+    "A call as one would write it"
+    return f'{name}({", ".join([*map(_show, args), *(f"{k}={_show(v)}" for k,v in kwargs.items())])})'
+
+# %% ../nbs/00_loss.ipynb #c006k
+class _LossMeta(PrePostInitMeta):
+    "A class of losses can be weighed and added as the loss it makes without arguments"
+    def __add__(cls, other): return cls()+other
+    def __radd__(cls, other): return other+cls()
+    def __mul__(cls, weight): return cls()*weight
+    def __rmul__(cls, weight): return weight*cls()
+    def __truediv__(cls, number): return cls()/number
+
+def _once(build):
+    "`build`, which notes that it has run"
+    @wraps(build)
+    def built(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.built = True
+    return built
 
 # %% ../nbs/00_loss.ipynb #c006b
-class DistillLoss(nn.Module, metaclass=PrePostInitMeta):
-    """A method of distillation: define `forward` with parameters out of `READS`, returning a scalar; a parameter with default None is optional.
-    Needs no `super().__init__()`. Its submodules and parameters learn with the student. `TypeError`, when the class is defined, for a name that cannot be read."""
-    layers = None      # default layers: None | 'stages' | 'stages[-3:]' | 'last' | 'embedding' | 'output' | a list of these or of names
-    logs = ()          # names that `forward` logs
-    min_items = 1      # smaller batches go without this term
-    pools = False      # compares means over positions, or meets any size: whether paired maps are of one size does not matter
+class DistillLoss(Companion, metaclass=_LossMeta):
+    """A method of distillation: define `forward` with parameters out of `READS`, returning a scalar;
+    a parameter with default None is optional. Needs no `super().__init__()`. Its submodules and parameters learn
+    with the student. `TypeError`, when the class is defined, for a name that cannot be read."""
+    layers = None    # default layers: None, 'stages', 'stages[-3:]', 'last', 'embedding', 'output', or a list of names
+    min_items = 1    # smaller batches go without this term
+    pools = False    # whether paired maps are of one size does not matter: means over positions are compared
+    _readers = dict(forward=(), build=())    # methods that read by name, and what else each may name
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for n in cls._readers & vars(cls).keys(): _names(vars(cls)[n], f'{cls.__name__}.{n}', cls._also.get(n, ()))
-        if 'build' in vars(cls):
-            build = cls.build
-            @wraps(build)
-            def once(self, *args, **kwargs): build(self, *args, **kwargs); self._built = True
-            cls.build = once
-    _readers,_also = frozenset(('forward','build')),{}
+        for name,also in cls._readers.items():
+            if name in vars(cls): _reads(vars(cls)[name], f'{cls.__name__}.{name}', also)
+        if 'build' in vars(cls): cls.build = _once(cls.build)
     def __pre_init__(self, *args, **kwargs):
-        nn.Module.__init__(self)
-        self.__dict__.update(_args=(args,kwargs), _at=None, _built=False, _for=None, _logged={})   # `_for`: the networks it learned with, weakly
-    def __getstate__(self): return {**self.__dict__, '_for': None}
+        Companion.__init__(self)
+        self._args = args,kwargs
+        self.built = False                   # whether `build` has made the learned parts
+        self.named_layers = None             # `(student's, teacher's)` as `at` was told
     def __init__(self): pass
 
     def build(self):
-        "Make learnable parts from example tensors; reads by name as `forward` does; called once, on the first training batch"
+        "Make learned parts from examples, read by name as in `forward`; called once, on the first training batch"
     @classmethod
     def example(cls, student, x):
         "An instance for the tests that every loss is put through; to be defined where the class needs arguments"
         return cls()
     @property
-    def reads(self): return _names(type(self).forward, type(self).__name__)
+    def reads(self): return _reads(type(self).forward, type(self).__name__)
     @property
-    def build_reads(self): return _names(type(self).build, f'{type(self).__name__}.build')
+    def build_reads(self): return _reads(type(self).build, f'{type(self).__name__}.build')
     def at(self,
         student,      # Layer or list of layers of the student
         teacher=None, # The teacher's, as many; the same names if left out
     ):
-        "A copy that reads these layers. `TypeError` for what names no layer, `ValueError` where parts were learned for other layers already"
-        for o in (student,teacher):
-            if o is not None and (not o or any(not isinstance(n, str) for n in ([o] if isinstance(o, (str,int)) else o))): raise TypeError(f'{type(self).__name__}().at({o!r}): expected the name of a layer, or a list of names')
-        if self._built: raise ValueError(f'{self!r} has learned parts for its layers already: make a new one for others')
-        args,kwargs = self._args
-        res = deepcopy(self, {id(o): o for o in (*args,*kwargs.values()) if isinstance(o, nn.Module)})     # parts of its own, but networks it was given
-        res.__dict__.update(_at=(student,teacher), _logged={})
+        """A copy that reads these layers.
+        `TypeError` for what names no layer, `ValueError` where parts were learned for other layers already."""
+        for layers in (student,teacher): _check_layers(layers, type(self).__name__)
+        if self.built: raise ValueError(f'{self!r} has learned parts for its layers already: make a new one for others')
+        args,kwargs = self._args             # the copy has parts of its own, but the networks that it was given
+        res = deepcopy(self, {id(o): o for o in (*args,*kwargs.values()) if isinstance(o, nn.Module)})
+        res.named_layers = student,teacher
+        res.take_logged()
         return res
-    def log(self, name, value):
-        "Show `value`, a scalar tensor, in the column `name` of the training table (its mean over the epoch)"
-        if name not in self.logs: raise ValueError(f'{type(self).__name__} logs {name!r}, but its class names {self.logs!r} in `logs`: columns are fixed before the first batch')
-        self._logged[name] = value.detach()
 
-    def _terms(self): return [((),self)]
-    def __add__(self, o): return Sum(self, o)
-    def __radd__(self, o): return self if o==0 and not isinstance(o, DistillLoss) else Sum(o, self)
-    def __mul__(self, w): return Sum(weighted=[((check_weight(w),*ws),l) for ws,l in self._terms()])
+    def terms(self):
+        "What it is a sum of, a list of `(weights, loss)`"
+        return [((),self)]
+    def __add__(self, other): return Sum(self, other)
+    def __radd__(self, other): return self if isinstance(other, (int,float)) and other==0 else Sum(other, self)
+    def __mul__(self, weight): return _weighed(self, check_weight(weight))
     __rmul__ = __mul__
+    def __truediv__(self, number): return self*(1/number) if isinstance(number, (int,float)) else NotImplemented
     def __repr__(self):
-        (a,k),at = self._args,self._at
-        args = ', '.join([_show(o) for o in a]+[f'{n}={_show(o)}' for n,o in k.items()])
-        return f'{type(self).__name__}({args})' + ('' if at is None else f'.at({_show(at[0])})' if at[1] is None else f'.at({_show(at[0])}, {_show(at[1])})')
+        call = _written(type(self).__name__, *self._args)
+        if self.named_layers is None: return call
+        student,teacher = self.named_layers
+        return call + _written('.at', (student,) if teacher is None else (student,teacher))
 
-# %% ../nbs/00_loss.ipynb #c006c
-def _show(o):
-    if isinstance(o, nn.Module) and not isinstance(o, DistillLoss): return type(o).__name__
-    if inspect.isroutine(o) or inspect.isclass(o): return o.__name__
-    if isinstance(o, partial): return f'partial({", ".join([_show(o.func), *map(_show, o.args), *(f"{k}={_show(v)}" for k,v in o.keywords.items())])})'
-    return repr(o)
+# %% ../nbs/00_loss.ipynb #c006l
+def _check_layers(o, name):
+    "`TypeError` unless `o` is the name of a layer, a list of names, or None"
+    if o is None: return
+    names = [o] if isinstance(o, (str,int)) else o
+    if not o or not all(isinstance(n, str) for n in names):
+        raise TypeError(f'{name}().at({o!r}): expected the name of a layer, or a list of names')
+
+def _weighed(loss, weight):
+    "`weight*loss`, each of its terms weighed"
+    return Sum(weighted=[((weight,*weights),l) for weights,l in loss.terms()])
 
 # %% ../nbs/00_loss.ipynb #c013
 _plain = 'pred','teacher_pred','fm_s','fm_t','target'
 
+def _plain_reads(f, name):
+    "Which of `_plain` the callable `f` takes, `{name: required}`; `TypeError` if it needs anything else"
+    params = inspect.signature(f.forward if isinstance(f, nn.Module) else f).parameters.values()
+    every = any(p.kind is p.VAR_KEYWORD for p in params)
+    named = {p.name: p.default is p.empty for p in params if p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)}
+    known,unknown = ', '.join(_plain),[n for n,needed in named.items() if needed and n not in _plain]
+    if unknown:
+        raise TypeError(f'{name} needs {", ".join(unknown)}: a plain function is given {known}; '
+                        'a class derived from DistillLoss can read more')
+    taken = [n for n in _plain if n in named or every]
+    if not taken: raise TypeError(f'{name} takes none of {known}')
+    return {n: n in ('pred','teacher_pred') or named.get(n, False) for n in taken}
+
 class Function(DistillLoss):
-    "A plain callable (or module) as a loss: gets those of `pred, teacher_pred, fm_s, fm_t, target` that it takes, as keywords"
+    "A plain callable (or module) as a loss: gets those of `pred, teacher_pred, fm_s, fm_t, target` that it takes"
     def __init__(self, f):
         self.f,self.f_name = f,_show(f)
-        ps = inspect.signature(f.forward if isinstance(f, nn.Module) else f).parameters.values()
-        every = any(p.kind is p.VAR_KEYWORD for p in ps)
-        named = {p.name: p.default is p.empty for p in ps if p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)}
-        if (bad := [n for n,need in named.items() if need and n not in _plain]):
-            raise TypeError(f'{self.f_name} needs {", ".join(bad)}: a plain function is given {", ".join(_plain)}; a class derived from DistillLoss can read more')
-        if not every and not named.keys() & set(_plain): raise TypeError(f'{self.f_name} takes none of {", ".join(_plain)}')
-        self._reads = {n: n in _plain[:2] or named.get(n, False) for n in _plain if n in named or every}
+        self._takes = _plain_reads(f, self.f_name)
     @property
-    def reads(self): return self._reads
+    def reads(self): return self._takes
     def forward(self, pred=None, teacher_pred=None, fm_s=None, fm_t=None, target=None):
         given = dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
-        return self.f(**{n: given[n] for n in self._reads})
+        return self.f(**{n: given[n] for n in self._takes})
     def __repr__(self): return self.f_name
 
+# %% ../nbs/00_loss.ipynb #c013b
 def as_loss(o):
     "`o` as a `DistillLoss`: one already, a class or partial of one, or a plain callable; `TypeError` otherwise"
     if isinstance(o, type) or isinstance(o, partial) and isinstance(o.func, type): o = o()
     if isinstance(o, DistillLoss): return o
     if callable(o): return Function(o)
-    raise TypeError(f'{o!r} is no loss: expected a loss such as SoftTarget(T=4), a sum of them, or a function of {", ".join(_plain)}')
+    raise TypeError(f'{o!r} is no loss: expected a loss such as SoftTarget(T=4), a sum of them, '
+                    f'or a function of {", ".join(_plain)} (with a weight it is written .1*as_loss(f))')
 
 # %% ../nbs/00_loss.ipynb #c016
 class Weight:
-    "A weight that depends on the epoch; multiply it with a loss"
-    def __init__(self, f, text): self.f,self.text = f,text
+    "A weight that depends on the epoch; multiply it with a loss, a number or another one"
+    def __init__(self,
+        f,    # A function of the epoch
+        text, # How it is written
+    ): self.f,self.text = f,text
     def __call__(self, epoch): return self.f(epoch)
-    def __mul__(self, o): return Weight(lambda epoch: self.f(epoch)*o, f'{o!r}*{self.text}') if isinstance(o, (int,float)) else NotImplemented
-    __rmul__ = __mul__
     def __repr__(self): return self.text
+    def __mul__(self, o):
+        if isinstance(o, (int,float)): return Weight(lambda epoch: self(epoch)*o, f'{o!r}*{self.text}')
+        if isinstance(o, Weight): return Weight(lambda epoch: self(epoch)*o(epoch), f'{self.text}*{o.text}')
+        if isinstance(o, (DistillLoss,_LossMeta)) or not callable(o): return NotImplemented     # a loss weighs itself
+        return as_loss(o)*self
+    __rmul__ = __mul__
+    def __truediv__(self, number):
+        if not isinstance(number, (int,float)): return NotImplemented
+        return Weight(lambda epoch: self(epoch)/number, f'{self.text}/{number!r}')
 
 def ramp(
     epochs, # Epochs until it is 1
@@ -165,57 +222,81 @@ def after(
     "0 before `epoch`, 1 from then on"
     return Weight(lambda e, start=epoch: float(e>=start), f'after({epoch!r})')
 
-# %% ../nbs/00_loss.ipynb #c016b
 def steps(
     values:dict, # Weight from each epoch on, as in `{0:1, 30:2}`
 ):
     "A weight that changes at given epochs"
-    if not values or min(values)!=0: raise ValueError(f'steps({values!r}): expected a dict with epoch 0, as in steps({{0:1, 30:2}})')
+    if not values or min(values)!=0:
+        raise ValueError(f'steps({values!r}): expected a dict with epoch 0, as in steps({{0:1, 30:2}})')
     return Weight(lambda epoch: values[max(e for e in values if e<=epoch)], f'steps({values!r})')
 
+# %% ../nbs/00_loss.ipynb #c016b
 def check_weight(w):
     "`w` if it can weigh a loss: a number, or a function of `pos` or `epoch`; else `TypeError`"
+    if isinstance(w, torch.Tensor) and w.ndim==0: w = w.item()
     if isinstance(w, (int,float)) and not isinstance(w, bool):
         if not math.isfinite(w): raise ValueError(f'a weight of {w!r}: expected a finite number')
         return w
-    if isinstance(w, torch.Tensor) and w.ndim==0: return w.item()
-    if callable(w) and not isinstance(w, nn.Module) and _weight_name(w): return w
-    raise TypeError(f'{w!r} cannot weigh a loss: expected a number or a function of one parameter, named `pos` or `epoch`, such as ramp(20)')
+    if callable(w) and not isinstance(w, nn.Module) and _depends_on(w): return w
+    raise TypeError(f'{w!r} cannot weigh a loss: expected a number or a function of one parameter, '
+                    'named `pos` or `epoch`, such as ramp(20)')
 
-def _weight_name(f):
-    try: ps = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD)]
+def _depends_on(weight):
+    "The name of the one parameter that the function `weight` needs, 'pos' or 'epoch'; None if it is no such function"
+    try: params = inspect.signature(weight).parameters.values()
     except (TypeError,ValueError): return None
-    return ps[0].name if len(ps)==1 and ps[0].name in ('pos','epoch') else None
+    by_place = [p for p in params if p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in by_place if p.default is p.empty]
+    return needed[0] if needed in (['pos'],['epoch']) else None
 
-def weigher(ws):
-    "The product of weights `ws` as a function of `pos` and `epoch`"
-    c,fs = math.prod(w for w in ws if isinstance(w, (int,float))),[(w,_weight_name(w)=='epoch') for w in ws if callable(w)]
-    return lambda pos, epoch: c*math.prod(w(epoch if e else pos) for w,e in fs) if fs else c
+def weigher(weights):
+    "The product of `weights` as a function of `pos` and `epoch`"
+    fixed = math.prod(w for w in weights if not callable(w))
+    moving = [(w, _depends_on(w)) for w in weights if callable(w)]
+    def weigh(pos, epoch):
+        now = dict(pos=pos, epoch=epoch)
+        return fixed*math.prod(w(now[name]) for w,name in moving)
+    return weigh
 
 # %% ../nbs/00_loss.ipynb #c016c
 class Sum(DistillLoss):
-    "A weighted sum of losses, what `.1*TaskLoss() + .9*SoftTarget()` makes; called by hand it gives each loss what it names"
+    "A weighted sum of losses, as `.1*TaskLoss() + .9*SoftTarget()`; called by hand it gives each loss what it names"
+    _readers = {}                        # it is given whatever its losses read
     def __init__(self, *losses, weighted=None):
-        terms = [t for l in losses for t in as_loss(l)._terms()] if weighted is None else weighted
+        terms = weighted or [term for l in losses for term in as_loss(l).terms()]
         self.weights,self.losses = [w for w,_ in terms],nn.ModuleList([l for _,l in terms])
-    def _terms(self): return list(zip(self.weights, self.losses))
+    def terms(self): return list(zip(self.weights, self.losses, strict=True))
     @property
     def reads(self):
         res = {}
         for l in self.losses:
-            for n,need in l.reads.items(): res[n] = res.get(n, False) or need
+            for name,needed in l.reads.items(): res[name] = needed or res.get(name, False)
         return res
-    def __call__(self, pos=0., epoch=0., **given):
+    def forward(self, pos=0., epoch=0., **given):
         given.update(pos=pos, epoch=epoch)
-        return sum(weigher(w)(pos, epoch)*l(**{n: given[n] for n,need in l.reads.items() if need or n in given}) for w,l in self._terms())
-    def at(self, student, teacher=None): raise TypeError('.at names the layers of one loss: write it behind the loss itself, as in TaskLoss() + FitNet().at("layer3")')
-    def __repr__(self): return ' + '.join('*('.join(map(_show, w)) + '*'*bool(w) + repr(l) + ')'*(len(w)-1) for w,l in self._terms())
+        return sum(weigher(w)(pos, epoch)*l(**_readable(l, given)) for w,l in self.terms())
+    def begin(self, student, teacher=None):
+        for l in self.losses: l.begin(student, teacher)
+    def at(self, student, teacher=None):
+        raise TypeError('.at names the layers of one loss: write it behind the loss itself, '
+                        'as in TaskLoss() + FitNet().at("layer3")')
+    def __repr__(self): return ' + '.join(_product(w, l) for w,l in self.terms())
 
-def name_terms(terms):
-    "A name for each loss of a list, for columns and tables: the class in snake case, numbered where it appears twice"
-    snake = lambda s: ''.join('_'+c.lower() if c.isupper() and i and (not s[i-1].isupper() or s[i+1:i+2].islower()) else c.lower() for i,c in enumerate(s))
-    names = [snake(l.f_name if isinstance(l, Function) else type(l).__name__) for l in terms]
-    return [n if names[:i].count(n)==0 else f'{n}_{names[:i].count(n)+1}' for i,n in enumerate(names)]
+def _readable(loss, given):
+    "What `loss` reads of `given`"
+    return {name: given[name] for name,needed in loss.reads.items() if needed or name in given}
+
+def _product(weights, loss):
+    "A term as one would write it, `w1*(w2*loss)`"
+    if not weights: return repr(loss)
+    *outer,last = map(_show, weights)
+    return ''.join(f'{w}*(' for w in outer) + f'{last}*{loss!r}' + ')'*len(outer)
+
+def name_terms(losses):
+    "A name for each of `losses`, for columns and tables: the class in snake case, numbered where it appears twice"
+    names = [camel2snake(l.f_name if isinstance(l, Function) else type(l).__name__) for l in losses]
+    seen = [names[:i].count(n) for i,n in enumerate(names)]
+    return [f'{n}_{k+1}' if k else n for n,k in zip(names, seen, strict=True)]
 
 # %% ../nbs/00_loss.ipynb #c018
 class TaskLoss(DistillLoss):
@@ -223,30 +304,49 @@ class TaskLoss(DistillLoss):
     def forward(self, task_loss): return task_loss
 
 # %% ../nbs/00_loss.ipynb #c024
+@lru_cache
+def _params(f): return frozenset(inspect.signature(f).parameters)
+
 class FeatureLoss(DistillLoss):
-    "The sum of `pair(s, t)` over matched activations of student and teacher; `adapter(s, t)` makes a learned module for each pair, applied to the student's"
+    """The sum of `pair(s, t)` over matched activations of student and teacher;
+    `adapter(s, t)` makes a learned module for each pair, applied to the student's."""
     layers,adapter = 'stages',None
-    _readers,_also = frozenset(('build','pair')),{'pair': ('s','t','i','n')}
-    def _adapter(self):
-        "The adapter as a function of `s`, `t` and what else it names: given to the constructor, a plain function in the class, or a method"
-        if 'adapter' in self.__dict__ or self.adapter is None: return self.__dict__.get('adapter')
-        raw = inspect.getattr_static(type(self), 'adapter')
-        return self.adapter if isinstance(raw, (staticmethod,classmethod)) or next(iter(inspect.signature(raw).parameters), '')=='self' else raw
+    _readers = dict(build=(), pair=('s','t','i','n'))
+    def __pre_init__(self, *args, **kwargs):
+        super().__pre_init__(*args, **kwargs)
+        self.adapters = nn.ModuleList()
     def build(self, fm_s, fm_t, xb=None):
         make = self._adapter()
         if make is None: return
-        more = dict(xb=xb) if 'xb' in inspect.signature(make).parameters else {}
-        self.adapters = nn.ModuleList([make(s, t, **more).to(s.device) for s,t in zip(fm_s.values(), fm_t.values(), strict=True)])
+        more = dict(xb=xb) if 'xb' in _params(make) else {}
+        pairs = zip(fm_s.values(), fm_t.values(), strict=True)
+        self.adapters.extend([make(s, t, **more).to(s.device) for s,t in pairs])
+    def _adapter(self):
+        "The adapter as a function of `s`, `t` and what else it names"
+        if self.adapter is None or 'adapter' in vars(self): return self.adapter       # the constructor's
+        written = inspect.getattr_static(type(self), 'adapter')
+        if isinstance(written, (staticmethod,classmethod)): return self.adapter
+        first = next(iter(inspect.signature(written).parameters), '')
+        return self.adapter if first=='self' else written                             # a method, or a plain function
+
     def pair(self, s, t): raise NotImplementedError(f'{type(self).__name__} does not define pair(s, t)')
     @property
-    def reads(self): return {'fm_s':True, 'fm_t':True, **_names(type(self).pair, f'{type(self).__name__}.pair', self._also['pair'])}
+    def reads(self):
+        pair = _reads(type(self).pair, f'{type(self).__name__}.pair', self._readers['pair'])
+        return dict(fm_s=True, fm_t=True) | pair
     def forward(self, fm_s, fm_t, **given):
-        names = _params(type(self).pair)
-        if len(fm_s)!=len(fm_t): raise ValueError(f'{self!r} pairs {len(fm_s)} activations of the student {list(fm_s)} with {len(fm_t)} of the teacher {list(fm_t)}')
-        if not self._built and self._adapter() is not None: raise RuntimeError(f'{self!r} has an adapter to make: called by hand it needs build(fm_s=…, fm_t=…) first')
-        if (bad := given.keys()-names): raise TypeError(f'{self!r} does not read {", ".join(sorted(bad))}')
-        total,n = 0.,len(fm_s)
+        names,n,total = _params(type(self).pair),len(fm_s),0.
+        self._check(fm_s, fm_t, given.keys()-names)
         for i,(s,t) in enumerate(zip(fm_s.values(), fm_t.values(), strict=True)):
-            if 'adapters' in self._modules: s = self.adapters[i](s)
-            total = total + self.pair(s, t, **given, **{k:v for k,v in (('i',i),('n',n)) if k in names})
+            if self.adapters: s = self.adapters[i](s)
+            place = {k: v for k,v in (('i',i),('n',n)) if k in names}
+            total = total + self.pair(s, t, **given, **place)
         return total
+    def _check(self, fm_s, fm_t, unknown):
+        "Errors in words for what a call by hand gets wrong"
+        if len(fm_s)!=len(fm_t):
+            raise ValueError(f'{self!r} pairs {len(fm_s)} activations of the student {list(fm_s)} '
+                             f'with {len(fm_t)} of the teacher {list(fm_t)}')
+        if not self.built and self._adapter() is not None:
+            raise RuntimeError(f'{self!r} has an adapter to make: called by hand it needs build(fm_s=…, fm_t=…) first')
+        if unknown: raise TypeError(f'{self!r} does not read {", ".join(sorted(unknown))}')

@@ -352,8 +352,8 @@ def test_items_without_a_label_are_neither_right_nor_wrong():
     p,_ = assistant(tas, given)
     given['target'][1] = p[1].argmax()                                     # one right, and
     given['target'][[2,5]] = (p[[2,5]].argmax(1)+1)%10                     # two wrong
-    tas(**given); assert tas._logged['assistant_acc']==pytest.approx(1/3)
-    tas._logged.clear(); tas(**dict(given, target=torch.full((6,), -100))); assert tas._logged['assistant_acc']==0
+    tas(**given); assert tas.take_logged()['assistant_acc']==pytest.approx(1/3)
+    tas(**dict(given, target=torch.full((6,), -100))); assert tas.take_logged()['assistant_acc']==0
     soft = torch.eye(10)[given['target'].clamp(min=0)]; soft[[0,3,4]] = float('nan')
     assert tas._right(p, soft).item()==pytest.approx(1/3)
     assert tas._right(p, given['target'], criterion=nn.CrossEntropyLoss(ignore_index=int(given['target'][1]))).item()==0.
@@ -437,4 +437,4 @@ def test_temperature_has_a_floor():
     s,t = pair('net', 'own')
     tas = TAS(); given = built(tas, s, t, ['layer2','blocks.2'], images('net'), Y[:6])
     with torch.no_grad(): tas.features.log_tau.fill_(-9.)
-    assert tas(**given).isfinite() and tas._logged['tas_tau']==pytest.approx(.01)
+    assert tas(**given).isfinite() and tas.take_logged()['tas_tau']==pytest.approx(.01)

@@ -36,9 +36,9 @@ class InfoNCE(FeatureLoss):
     @property
     def reads(self): return {n: need or n=='target' for n,need in super().reads.items() if self.mask_same_class or n not in ('target','mix','criterion')}
     def pair(self, s, t, i, target=None, mix=None, criterion=None, xb=None):
-        a,b = self.both[i] if self._built else (_stage(s, xb),_stage(t, xb))
+        a,b = self.both[i] if self.built else (_stage(s, xb),_stage(t, xb))
         s,t = pooled(plain(s), a),pooled(plain(t), b)
-        return self.loss(self.project[i](s) if self._built else s, t, target, mix, criterion)
+        return self.loss(self.project[i](s) if self.built else s, t, target, mix, criterion)
 
 # %% ../../nbs/losses/30_infonce.ipynb #c010
 def _stage(z, xb):

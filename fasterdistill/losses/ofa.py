@@ -95,7 +95,7 @@ class OFA(DistillLoss):
         last = describe(zs[-1], xb)
         self.heads = nn.ModuleList([self.head(z, pred.shape[1], self.width or last and last.channels, n-1-i, xb=xb) for i,z in enumerate(zs)]).to(pred.device)
     def forward(self, fm_s, pred, teacher_pred, target, mix=None, criterion=None):
-        if not self._built: raise RuntimeError(f'{self!r} has exits to make: called by hand it needs build(fm_s=…, pred=…) first')
+        if not self.built: raise RuntimeError(f'{self!r} has exits to make: called by hand it needs build(fm_s=…, pred=…) first')
         *early,final = self.answers*(len(fm_s)+1) if len(self.answers)==1 else self.answers
         kd = lambda f, z: f(pred=z, teacher_pred=teacher_pred, target=target, mix=mix, criterion=criterion)
         own,taught = kd(final, pred),sum(kd(f, h(z)) for f,h,z in zip(early, self.heads, fm_s.values(), strict=True))
