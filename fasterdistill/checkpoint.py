@@ -6,121 +6,188 @@
 __all__ = ['Checkpoint']
 
 # %% ../nbs/11_checkpoint.ipynb #c002
-import os,random
+import os
 from copy import deepcopy
 import numpy as np,torch
 from fastai.callback.core import CancelEpochException,Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import join_path_file
-from fastai.torch_core import get_model,rank_distrib
+from fastai.torch_core import get_model,get_random_states,rank_distrib,set_random_states
 from fastcore.foundation import L
 from .callback import KnowledgeDistillationCallback
-from .state import grads_of,same_shapes,set_grads
 from .networks.record import plain
+from .state import grads_of,same_shapes,set_grads
 
 # %% ../nbs/11_checkpoint.ipynb #c005
 def _simple(o):
     "`o` in plain tensors and Python's own containers and numbers"
     if isinstance(o, torch.Tensor): return plain(o)
     if isinstance(o, np.generic): return o.item()
+    if isinstance(o, np.ndarray): return o.tolist()
     if isinstance(o, dict): return {k: _simple(v) for k,v in o.items()}
-    return type(o)(map(_simple, o)) if type(o) in (list,tuple) else list(map(_simple, o)) if isinstance(o, L) else o
+    if isinstance(o, L): return [_simple(v) for v in o]
+    return type(o)(map(_simple, o)) if type(o) in (list,tuple) else o
 
-def _loader_rngs(learn): return [r for dl in learn.dls.loaders for k in ('rng','generator') if (r := getattr(dl, k, None)) is not None]
+# %% ../nbs/11_checkpoint.ipynb #c005f
+def _loader_generators(learn):
+    found = [getattr(dl, k, None) for dl in learn.dls.loaders for k in ('rng','generator')]      # fastai's, torch's
+    return [g for g in found if g is not None]
 
-def _rng(learn):
-    name,keys,*rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None, numpy=(name,keys.tolist(),*rest), random=random.getstate(),
-                loaders=[r.get_state() if isinstance(r, torch.Generator) else r.getstate() for r in _loader_rngs(learn)])
+def _draws(learn):
+    "The states of all random generators"
+    states = {k: v for k,v in get_random_states().items() if k.endswith('_state')}
+    states['mps'] = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    gens = _loader_generators(learn)
+    states['loaders'] = [g.get_state() if isinstance(g, torch.Generator) else g.getstate() for g in gens]
+    return states
 
-def _set_rng(learn, st):
-    torch.set_rng_state(st['torch']); np.random.set_state(st['numpy']); random.setstate(st['random'])
-    if st['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(st['mps'])
-    if st['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(st['cuda'][:torch.cuda.device_count()])
-    for r,o in zip(_loader_rngs(learn), st['loaders'], strict=True): r.set_state(o) if isinstance(r, torch.Generator) else r.setstate(o)
+def _set_draws(learn, states):
+    "Draw what comes after `states`; a GPU more or less than then draws its own"
+    states = dict(states)
+    mps,loaders = states.pop('mps'),states.pop('loaders')
+    states['torch_cuda_state'] = states['torch_cuda_state'][:torch.cuda.device_count()]
+    cudnn = torch.backends.cudnn
+    set_random_states(**states, torch_deterministic=cudnn.deterministic, torch_benchmark=cudnn.benchmark)
+    if mps is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(mps)
+    for g,state in zip(_loader_generators(learn), loaders, strict=True):
+        if isinstance(g, torch.Generator): g.set_state(state)
+        else: g.setstate(state)
 
-def _sizes(opt): "Of an optimizer's state"; return [len(g['params']) for g in opt['param_groups']] if 'param_groups' in opt else (len(opt['hypers']),len(opt['state']))
+# %% ../nbs/11_checkpoint.ipynb #c005i
+def _recorded(recorder):
+    def number(o): return o if isinstance(o, (int,float)) else None
+    rows = [[number(o) for o in _simple(row)] for row in recorder.values]
+    smooth = recorder.smooth_loss
+    return dict(lrs=recorder.lrs, losses=[float(o) for o in recorder.losses], iters=recorder.iters, values=rows,
+                smooth=(smooth.count,smooth.val))
 
-_counts = 'best','wait','count'   # of fastai's trackers and of GradientAccumulation
+def _record_again(recorder, was):
+    recorder.lrs,recorder.losses,recorder.iters = (list(was[k]) for k in ('lrs','losses','iters'))
+    recorder.smooth_loss.count,recorder.smooth_loss.val = was['smooth']
+
+def _sizes(state):
+    "Of an optimizer's state dict, torch's or fastai's"
+    if 'param_groups' in state: return [len(g['params']) for g in state['param_groups']]
+    return len(state['hypers']),len(state['state'])
+
+def _load_opt(opt, state):
+    opt.load_state_dict(state)
+    if 'hypers' not in state: return                        # torch's own goes to the parameters' devices by itself
+    opt.hypers = L(state['hypers'])
+    for p,known in opt.state.items():
+        known.update({k: v.to(p.device) for k,v in known.items() if isinstance(v, torch.Tensor)})
+
+# %% ../nbs/11_checkpoint.ipynb #c005k
+class _Fit:
+    "The fit that a Learner is in, as a file keeps it"
+    def __init__(self, learn):
+        self.learn,self.model = learn,get_model(learn.model)
+        self.kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
+        cbs = learn.cbs.sorted('order')
+        self.counting = [cb for cb in cbs if isinstance(cb, (TrackerCallback,GradientAccumulation))]
+    def what(self):
+        "What must be the same for a fit to go on"
+        learn = self.learn
+        return dict(epochs=learn.n_epoch, batches=len(learn.dls.train), frozen=learn.opt.frozen_idx,
+                    teachers=len(self.kds), counting=[type(cb).__name__ for cb in self.counting])
+    def state_dict(self):
+        learn,scaler = self.learn,vars(self.learn).get('scaler')
+        rest = dict(fit=self.what(), epoch=learn.epoch+1, iters=learn.train_iter, rng=_draws(learn),
+                    opt=learn.opt.state_dict(), grads=grads_of(learn.model.parameters()),
+                    scaler=None if scaler is None else scaler.state_dict(), recorder=_recorded(learn.recorder),
+                    kds=[cb.state_dict() for cb in self.kds], counting=[self._counts(cb) for cb in self.counting])
+        return dict(model=self.model.state_dict(), **_simple(rest))
+    def _counts(self, cb): return {k: v for k,v in vars(cb).items() if k in ('best','wait','count')}
+    def check(self, state, file):
+        "`ValueError` if `state` is that of another fit"
+        was = state['fit']
+        for k,now in self.what().items():
+            if was[k]!=now:
+                raise ValueError(f'{file} was written by a fit with {k} = {was[k]}, here it is {now}: '
+                                 'going on needs the same fit')
+        same_shapes(f'the model in {file}', state['model'], self.model.state_dict())
+        if _sizes(state['opt'])!=_sizes(self.learn.opt.state_dict()):
+            raise ValueError(f'the optimizer in {file} is not this one: '
+                             'the same kind, splitter and parameters are expected')
+    def load_state_dict(self, state):
+        "All but the Recorder and random numbers, which the epochs in between would change"
+        learn = self.learn
+        for cb,o in zip(self.kds, state['kds'], strict=True): cb.load_state_dict(o)
+        self.model.load_state_dict(state['model'])
+        _load_opt(learn.opt, state['opt'])
+        set_grads(learn.model.parameters(), state['grads'])
+        learn.train_iter = state['iters']
+        if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
+        for cb,o in zip(self.counting, state['counting'], strict=True): vars(cb).update(o)
+    def arrive(self, state):
+        "Be where the epoch ended that `state` was kept after"
+        _record_again(self.learn.recorder, state['recorder'])
+        _set_draws(self.learn, state['rng'])
+    def count(self, on):
+        "Let what counts epochs count, or not"
+        for cb in self.counting: cb.run = on
 
 # %% ../nbs/11_checkpoint.ipynb #c005b
 class Checkpoint(Callback):
-    """Write after every epoch all that a fit needs to go on, and with `resume` go on: the same line of code, run again in a new process, ends as the fit that was never stopped.
-    With or without a `KnowledgeDistillationCallback`. `ValueError` if the file is that of another fit, before anything is trained; `FileNotFoundError` if there is none."""
+    """Write after every epoch all that a fit needs to go on, and with `resume` go on:
+    the same line of code, run again in a new process, ends as the fit that was never stopped.
+    With or without a `KnowledgeDistillationCallback`.
+    `ValueError` if the file is that of another fit, before anything is trained; `FileNotFoundError` if there is none."""
     order,remove_on_fetch = 71,True  # the last in an epoch, and after fastai's own SkipToEpoch
     def __init__(self,
         fname='checkpoint', # The file, as for `learn.save`
-        resume=False,       # Go on from the file: True, or 'auto', which starts from the beginning where there is none
+        resume=False,       # Go on from the file: True, or 'auto', which starts at the beginning where there is none
     ):
         if resume not in (True,False,'auto'): raise ValueError(f"resume={resume!r}: expected True, False or 'auto'")
         super().__init__()
         self.fname,self.resume,self.kept = fname,resume,None
     @property
     def file(self): return join_path_file(self.fname, self.learn.path/self.learn.model_dir, ext='.pth')
-    @property
-    def _idle(self): "Whether this is no fit: `validate` and `get_preds` fire a fit's events, holding the Learner's lock"; return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
-    def _kds(self): return [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
-    def _counting(self): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, (TrackerCallback,GradientAccumulation))]
-    def _fit(self): "What must be the same for a fit to go on"; return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train), frozen=self.learn.opt.frozen_idx, teachers=len(self._kds()), counting=[type(cb).__name__ for cb in self._counting()])
+    def _no_fit(self):
+        "`validate` and `get_preds` fire a fit's events as well, holding the Learner's lock"
+        return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
 
     def before_fit(self):
-        if self._idle: return
+        if self._no_fit(): return
         self.kept = None
         if self.resume and (self.resume!='auto' or self.file.exists()): self._load()
         self.resume = False          # a second fit, as in `fine_tune`, is another one
     def before_epoch(self):
-        if self._idle or self.kept is None: return
-        if self.learn.epoch>=self.kept['epoch']: return self._back()
-        self.learn.recorder.log += self.kept['recorder']['values'][self.learn.epoch]      # its row in the table, from then
-        for cb in self._counting(): cb.run = False
+        if self._no_fit() or self.kept is None: return
+        fit,epoch = _Fit(self.learn),self.learn.epoch
+        if epoch>=self.kept['epoch']: return self._arrive()
+        self.learn.recorder.log += self.kept['recorder']['values'][epoch]      # its row in the table, from then
+        fit.count(False)
         raise CancelEpochException
     def after_epoch(self):
-        if self._idle: return
-        if self.kept is None: return self._save()
-        for cb in self._counting(): cb.run = True
+        if self._no_fit(): return
+        if self.kept is None: self._save()
+        else: _Fit(self.learn).count(True)
     def after_fit(self):
-        if not self._idle and self.kept is not None: self._back()                         # there was nothing left to train
+        if not self._no_fit() and self.kept is not None: self._arrive()        # there was nothing left to train
 
     def _save(self):
-        learn,r = self.learn,self.learn.recorder
+        "The whole file or none of it"
         if rank_distrib(): return
-        scaler = vars(learn).get('scaler')
-        recorder = dict(lrs=r.lrs, losses=[float(o) for o in r.losses], iters=r.iters, smooth=(r.smooth_loss.count,r.smooth_loss.val),
-                        values=[[o if isinstance(o, (int,float)) else None for o in _simple(row)] for row in r.values])
-        rest = dict(fit=self._fit(), epoch=learn.epoch+1, iters=learn.train_iter, opt=learn.opt.state_dict(), kds=[cb.state_dict() for cb in self._kds()], recorder=recorder,
-                    counting=[{k: getattr(cb, k) for k in _counts if k in vars(cb)} for cb in self._counting()], scaler=scaler and scaler.state_dict(), rng=_rng(learn), grads=grads_of(learn.model.parameters()))
         tmp = self.file.with_suffix('.tmp')
-        torch.save(dict(model=get_model(learn.model).state_dict(), **_simple(rest)), tmp); os.replace(tmp, self.file)
-
+        torch.save(_Fit(self.learn).state_dict(), tmp)
+        os.replace(tmp, self.file)
     def _load(self):
-        learn = self.learn
-        if not self.file.exists(): raise FileNotFoundError(f"there is no checkpoint {self.file} to go on from; resume='auto' starts from the beginning then")
-        st = torch.load(self.file, map_location='cpu', weights_only=True)
-        model,now = get_model(learn.model),self._fit()
-        for k,v in now.items():
-            if st['fit'][k]!=v: raise ValueError(f'{self.file} was written by a fit with {k} = {st["fit"][k]}, here it is {v}: going on needs the same fit')
-        same_shapes(f'the model in {self.file}', st['model'], model.state_dict())
-        if _sizes(st['opt'])!=_sizes(learn.opt.state_dict()): raise ValueError(f'the optimizer in {self.file} is not this one: the same kind, splitter and parameters are expected')
-        for cb,o in zip(self._kds(), st['kds'], strict=True): cb.load_state_dict(o)
-        model.load_state_dict(st['model']); learn.opt.load_state_dict(st['opt'])
-        set_grads(learn.model.parameters(), st['grads'])
-        learn.train_iter,self.kept = st['iters'],st
-        if 'hypers' in st['opt']:
-            learn.opt.hypers = L(st['opt']['hypers'])
-            for p,o in learn.opt.state.items(): o.update({k: v.to(p.device) for k,v in o.items() if isinstance(v, torch.Tensor)})
-        if st['scaler']: learn.scaler.load_state_dict(st['scaler'])
-        for cb,o in zip(self._counting(), st['counting'], strict=True): vars(cb).update(o)
-
-    def _back(self):
-        "Be where the epoch ended that the file was written after"
-        r,was,learn = self.learn.recorder,self.kept['recorder'],self.learn
-        r.lrs,r.losses,r.iters = (list(was[k]) for k in ('lrs','losses','iters'))
-        r.smooth_loss.count,r.smooth_loss.val = was['smooth']
-        _set_rng(learn, self.kept['rng'])
+        if not self.file.exists():
+            raise FileNotFoundError(f"there is no checkpoint {self.file} to go on from; "
+                                    "resume='auto' starts from the beginning then")
+        state,fit = torch.load(self.file, map_location='cpu', weights_only=True),_Fit(self.learn)
+        fit.check(state, self.file)
+        fit.load_state_dict(state)
+        self.kept = state
+    def _arrive(self):
+        _Fit(self.learn).arrive(self.kept)
         self.kept = None
+
     def __reduce__(self): return Callback,()
     def __deepcopy__(self, memo):
-        res = Checkpoint(self.fname, self.resume); memo[id(self)] = res
+        res = Checkpoint(self.fname, self.resume)
+        memo[id(self)] = res
         res.learn = deepcopy(self.learn, memo)
         return res

@@ -82,7 +82,7 @@ def test_all_of_it_is_needed(tmp_path, lost):
     st,other = torch.load(f),make(tmp_path, 7, 'fcfd')
     train(other, [], n=1)
     kd = other.knowledge_distillation.state_dict()
-    if lost=='rng': st['rng']['torch'] = torch.get_rng_state()
+    if lost=='rng': st['rng']['torch_state'] = torch.get_rng_state()
     elif lost=='opt': st['opt']['state'] = [{k:v for k,v in o.items() if k!='grad_avg'} for o in st['opt']['state']]
     elif lost=='moments': st['kds'][0]['opt'] = [None for _ in kd['opt']]
     elif lost=='model': st['model']['layer1.1.running_mean'] += 1e-3

@@ -100,6 +100,15 @@ def test_what_cannot_teach(teacher):
     with pytest.raises(ValueError, match='belong together'): Frozen(teacher, mean=[.5])
     with pytest.raises(TypeError, match='cannot teach'): as_teacher([teacher,3])
 
+@pytest.mark.parametrize('wrong', [SoftTarget,partial(SoftTarget, T=2),lambda: .1*TaskLoss()+SoftTarget(),lambda: SoftTarget(),lambda: FitNet().at('fc')], ids=['a class','a partial','a sum','one','with layers'])
+def test_arguments_swapped(teacher, wrong):
+    "A loss in the teacher's place is refused in words, whatever stands in its own place; in a list and in Frozen too"
+    o = wrong if isinstance(wrong, (type,partial)) else wrong()
+    swapped = r'is a loss, not a teacher: the teacher comes first, KnowledgeDistillationCallback\(teacher, loss\)'
+    for f in (as_teacher,Frozen,KD,lambda o: KD(o, teacher),lambda o: KD(o, SoftTarget()),lambda o: as_teacher([teacher,o]),lambda o: Ensemble([o,teacher])):
+        with pytest.raises(TypeError, match=swapped): f(o)
+    assert isinstance(as_teacher(partial(teacher)), Teacher)        # a partial of something else is a function of the inputs
+
 # ---- outputs ----
 
 class Out(nn.Module):
@@ -300,6 +309,12 @@ def test_ensemble_of_kinds(teacher, tmp_path):
     for (x,),t in heard([teacher, tl, lambda x: torch.zeros(len(x), 10)]):
         want = (asked(teacher, x).softmax(1)+asked(tl.model, (x-.3)/.2).softmax(1)[:,[perm.index(i) for i in range(10)]]+.1)/3
         torch.testing.assert_close(t, want.log(), rtol=1e-4, atol=1e-4)
+
+def test_ensemble_of_doubles():
+    "What is finer than float32 stays so, what is coarser is averaged in float32"
+    for dtype,want in ((torch.float64,torch.float64),(torch.float16,torch.float32),(torch.int64,torch.float32)):
+        z = torch.tensor([[1,2]]).to(dtype)
+        assert Ensemble([lambda x: z, lambda x: z], kind='regression').forward((X[:1],)).dtype==want
 
 def test_ensemble_refuses(teacher):
     for loss in (lambda: TaskLoss()+FitNet(), lambda: Attention(), lambda: TaskLoss()+Watch()):

@@ -1,2 +1,4 @@
-"What only teaches"
+"What only teaches, and how one Learner's numbers become another's"
+from .codes import *
+from .tables import *
 from .teacher import *
