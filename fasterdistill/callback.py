@@ -17,11 +17,10 @@ from fastcore.foundation import L
 from .fit.learned import LearnedParts,check_kept,copied,kept_parts
 from .fit.opening import Opening
 from .fit.plan import Plan,a_batch,devices_kept
-from .fit.teaching import Quick,Teaching
+from .fit.teaching import Quick,Teaching,around_fit
 from .fit.terms import Terms
 from .loss import as_loss,check_weight
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
-from .networks.record import stance_kept
 from .task import task_kind
 from .teachers.teacher import as_teacher,task_criterion
 
@@ -46,8 +45,8 @@ class KnowledgeDistillationCallback(Quick):
         self.activations = activations_student,activations_teacher
         self.weight,self.schedule,self.output,self.columns = weight,schedule,output,columns
         self.suits = self.loss is None                   # the loss is the one that suits the Learner
-        self.teaching,self.learned,self.shown = None,None,None   # of the fit under way; what was learned and shown in the last
-        self.kept,self.past,self.findings = None,[],{}   # of a file to go on from; epochs; what is known of the networks
+        self.teaching,self.learned,self.shown = None,None,None   # the fit under way; what the last one learned and shows
+        self.kept,self.past,self.findings = None,[],{}   # a file to go on from; epochs; what is known of the networks
         check_share(weight, schedule)
         if self.loss is not None: self.terms_of(self.loss)
 
@@ -73,29 +72,16 @@ class KnowledgeDistillationCallback(Quick):
         return Terms(loss, self.activations, self.weight, self.schedule).check(self.teacher)
     @contextmanager
     def fitting(self, learn):
-        "Everything between the start of `Learner.fit` and any way out of it"
+        "Around `Learner.fit`"
         vars(self)['loss'] = self.loss_for(learn)
-        terms = self.terms_of(self.loss)
         if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
         self.past.clear()
+        terms = self.terms_of(self.loss)
         now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.output, self.findings, self.past)
-        self.shown,grad,stance = now.columns,torch.is_grad_enabled(),stance_kept()
-        def tidy():
-            now.close()
-            torch.set_grad_enabled(grad)                 # an interrupt on the way out of a `no_grad` leaves it off
-            stance()
-            learn.remove_cb(now.late)
-            now.columns.hide(learn)
-            self.teaching = None
+        self.shown = now.columns
         try:
-            if self.columns: now.columns.show(learn)
-            learn.add_cb(now.late)
-            yield
-        finally:
-            try: tidy()
-            except BaseException:                        # a second Ctrl-C
-                tidy()
-                raise
+            with around_fit(now, self.columns): yield
+        finally: self.teaching = None
     def loss_for(self, learn): return suited(learn, self.loss) if self.suits else self.loss
 
     # between epochs a Learner is saved, exported and copied: then the optimizer is the student's alone

@@ -38,7 +38,7 @@ def users_metrics(learn):
     return learn.metrics.filter(lambda m: not isinstance(m, Column))
 
 def _agreement(task, terms):
-    "How agreement is counted: 'argmax', 'sign', or None where no term reads the teacher's prediction, or there are no classes"
+    "How agreement is counted: 'argmax', 'sign'; None without classes, or where no term reads the teacher's prediction"
     if not any(t.reads.get('teacher_pred') for t in terms): return None
     if task.kind is None: return 'argmax' if any(isinstance(t.loss, SoftTarget) for t in terms) else None
     return dict(single='argmax', multi='sign').get(task.kind)

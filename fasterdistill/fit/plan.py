@@ -60,7 +60,7 @@ class Row:
         self.weight = '*'.join(map(str, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
         self.first = term.weight(0., 0.)                 # of the fit's first step
-        read = [(term.layers[who],side) for who,side in opening.both.items() if term.layers[who]]
+        read = [(term.layers[who],side) for who,side in opening.sides.items() if term.layers[who]]
         texts = [[_layer(k, n, side) for k,n in layers.items()] for layers,side in read]
         self.layers = [' → '.join(pair) for pair in zip(*texts, strict=True)]
         stages = [[side.sizes.get(n) for n in layers.values()] for layers,side in read]

@@ -119,7 +119,10 @@ class Terms:
         self.terms = [Term(w, l, n, _spec(l, activations)) for (w,l),n in zip(pairs, names, strict=True)]
         self.whole = any(isinstance(t.loss, TaskLoss) for t in self.terms)
         self._share = weigher([w for w in (weight,schedule) if w is not None])
-        self._check_share()
+        default = weight==.5 and schedule is None
+        if self.whole and not default:
+            raise ValueError(f'the loss {loss!r} holds TaskLoss(), so it is the whole loss; weight={weight!r} or a schedule '
+                             'beside it would have no meaning: write the weights into the sum')
         maps = [t for t in self.terms if t.maps]
         if given and not maps:
             raise ValueError(f'activations_student or activations_teacher are given, but {loss!r} reads no activations')
@@ -144,13 +147,12 @@ class Terms:
         share = self._share(pos, epoch)
         if 0<=share<=1: return share
         raise ValueError(f'the weight of the distillation is {share:.4g} at pos={pos:.3f}, epoch {epoch:.2f}: expected 0 to 1')
-    def _check_share(self):
-        default = self.weight==.5 and self.schedule is None
-        if self.whole and not default:
-            raise ValueError(f'the loss {self.loss!r} holds TaskLoss(), so it is the whole loss; weight={self.weight!r} '
-                             'or a schedule beside it would have no meaning: write the weights into the sum')
+    def check_share(self):
+        "`ValueError` where the share leaves 0 to 1 somewhere in a fit"
+        if self.whole: return
         for pos in (0.,.25,.5,.75,1.):
-            if self.whole or 0<=(share := self._share(pos, 0.))<=1: continue
+            share = self._share(pos, 0.)
+            if 0<=share<=1: continue
             raise ValueError(f'weight={self.weight!r}, schedule={self.schedule!r}: the share of the distillation is '
                              f'{share:.4g} at pos={pos}; expected 0 to 1')
     def active(self, pos, epoch, n):
