@@ -27,15 +27,15 @@ from .teachers.teacher import as_teacher,task_criterion
 # %% ../nbs/10_callback.ipynb #c007
 class KnowledgeDistillationCallback(Quick):
     """Teach a Learner's model with a teacher, or with itself, while it trains.
-    Errors (`ValueError`, `TypeError`) come before anything is trained; validation, prediction and export are as without it;
-    what comes out is the plain student."""
+    Errors (`ValueError`, `TypeError`) come before anything is trained; validation, prediction and export
+    are as without it; what comes out is the plain student."""
     order,run_valid = 5,False     # after MixUp, inside autocast, before GradientAccumulation scales
     def __init__(self,
-        teacher,                  # A module, a Learner, the path of an exported one, a function, a list, a `Teacher`, or None
+        teacher,                  # A module, Learner, path of an exported one, function, list of these, `Teacher`, or None
         loss=None,                # A loss, a sum, a class, or a function as fasterai's; by default what suits the task
         activations_student=None, # Layer(s) of the student, where one loss reads activations and does not say `.at`
         activations_teacher=None, # Layer(s) of the teacher, likewise
-        weight=0.5,               # Share of the distillation, 0 to 1 or a function of `pos`; beside a `TaskLoss()` there is none
+        weight=0.5,               # Share of distillation, 0 to 1 or a function of `pos`; none beside `TaskLoss()`
         schedule=None,            # A function of `pos` that multiplies `weight`
         output=None,              # The student's prediction in a tuple or dict: a position, a key or a function
         columns=True,             # Show each loss and the agreement with the teacher in the training table
@@ -45,14 +45,14 @@ class KnowledgeDistillationCallback(Quick):
         self.activations = activations_student,activations_teacher
         self.weight,self.schedule,self.output,self.columns = weight,schedule,output,columns
         self.suits = self.loss is None                   # the loss is the one that suits the Learner
-        self.teaching,self.learned,self.shown = None,None,None   # the fit under way; what the last one learned and shows
+        self.teaching,self.learned,self.shown = None,None,None   # of the fit under way, or of the last one
         self.kept,self.past,self.findings = None,[],{}   # a file to go on from; epochs; what is known of the networks
         check_share(weight, schedule)
         if self.loss is not None: self.terms_of(self.loss)
 
     def __repr__(self):
-        said = {k: v for k,v in (('weight',self.weight),('schedule',self.schedule),('output',self.output)) if v is not None}
-        if self.weight==.5: said.pop('weight')
+        usual = dict(weight=.5, schedule=None, output=None)
+        said = {k: getattr(self, k) for k,v in usual.items() if getattr(self, k)!=v}
         more = ''.join(f', {k}={getattr(v, "__name__", repr(v))}' for k,v in said.items())
         return f'{type(self).__name__}({self.teacher!r}, {self.loss!r}{more})'
     def __reduce__(self): return Callback,()             # a pickled Learner loads where this package is not
@@ -119,7 +119,7 @@ class KnowledgeDistillationCallback(Quick):
         if self.loss is None: return dict(loss=None)
         return dict(kept_parts(self.learned or LearnedParts(self.loss)), history=list(self.past))
     def load_state_dict(self, state):
-        "Go on from what `state_dict` returned, when the next fit sees its first batch; `ValueError` if that was another loss"
+        "Go on from what `state_dict` returned, at the next fit's first batch; `ValueError` if of another loss"
         check_kept(self.loss, state)
         self.kept,self.past[:] = state,state.get('history', ())
     def take_kept(self):
@@ -129,7 +129,7 @@ class KnowledgeDistillationCallback(Quick):
     def plan(self,
         learn=None, # The Learner; the one the callback is on by default
     ):
-        "What a fit would do, tried on one batch: pairs, shapes, learned parts, the value of each loss. Nothing is changed"
+        "What a fit would do, tried on one batch: pairs, shapes, learned parts, values. Nothing is changed"
         learn = learn or self.learn
         if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
         terms = self.terms_of(self.loss_for(learn) if self.suits else deepcopy(self.loss))
@@ -171,8 +171,8 @@ def _wrap_fit(fit):
         cbs = inspect.signature(fit).bind(self, *args, **kwargs).arguments.get('cbs')
         ours = [cb for cb in [*self.cbs,*L(cbs)] if hasattr(type(cb), 'fitting')]
         if len(ours)>1:
-            raise ValueError(f'{len(ours)} KnowledgeDistillationCallbacks in one fit would run their teachers each and mix '
-                             'their losses twice: use one, with a sum of losses (and a list of teachers)')
+            raise ValueError(f'{len(ours)} KnowledgeDistillationCallbacks in one fit would run their teachers each '
+                             'and mix their losses twice: use one, with a sum of losses (and a list of teachers)')
         with ours[0].fitting(self) if ours else nullcontext(): return fit(self, *args, **kwargs)
     distilling_fit.distilling = True
     return distilling_fit

@@ -9,7 +9,6 @@ __all__ = ['autocast_of', 'device_of', 'Task', 'ItemOrder', 'Batch']
 from contextlib import nullcontext
 from functools import cached_property,partial
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from ..missing import labels_of
 from ..networks.record import lifted,plain,tupled
@@ -61,8 +60,8 @@ class Task:
         "The Learner's loss for what the student returns, as fastai will compute it"
         if not len(self.learn.yb): return self.no_loss(raw)
         cbs = [cb for cb in self.learn.cbs if hasattr(type(cb), 'after_pred') and not isinstance(cb, MixedPrecision)]
-        bare = isinstance(raw, torch.Tensor) or len(cbs)>0         # a callback takes the prediction out; else the loss function
-        return plain(self.loss_func(self.prediction(raw) if bare else raw, *self.learn.yb))
+        if isinstance(raw, torch.Tensor) or cbs: raw = self.prediction(raw)    # else the loss function takes it out
+        return plain(self.loss_func(raw, *self.learn.yb))
 
 # %% ../../nbs/fit/02_batch.ipynb #b004
 class ItemOrder:
@@ -140,7 +139,7 @@ class Batch:
     def pos(self): return float(self.task.learn.pct_train)
 
     def ask(self):
-        "The teacher's prediction; one without a `forward` of its own is its network's pass, on inputs made once a batch"
+        "The teacher's prediction: its own `forward`, or its network's pass, on inputs made once a batch"
         side = self.sides['teacher']
         if side is not None and type(self.who).forward is Teacher.forward: return self.who.out(side.run())
         return self.who.forward(**{n: getattr(self, n) for n in self.who.reads})

@@ -72,7 +72,7 @@ class Columns:
         self.note(term.name, value)
         for n,v in term.loss.take_logged().items(): self.note(term.columns[n], v)
     def note_agreement(self, batch):
-        "The share of items (pixels, positions) of which student and teacher say the same; under MixUp and CutMix there is none"
+        "The share of items (pixels, positions) of which both say the same; under MixUp and CutMix there is none"
         if not self.agreement or not batch.asked or batch.task.mixer is not None: return
         s,t = batch.pred.detach(),batch.teacher_pred
         if self.agreement=='sign': same = (s>0)==(t>0)

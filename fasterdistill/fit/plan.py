@@ -87,7 +87,8 @@ def advice(rows):
     for r in rows:
         if r.worth is None: res.append(f'{r.term} needs more items than this batch holds and was left out')
         elif r.first!=0 and len(worth)>1 and r.worth<1e-3*total:
-            res.append(f'{r.term} is {r.worth/total:.1e} of the loss at the start: is a weight of {r.weight} what you want?')
+            res.append(f'{r.term} is {r.worth/total:.1e} of the loss at the start: '
+                       f'is a weight of {r.weight} what you want?')
     res += [f'{r.term} pairs maps of unequal size: the stages were matched by depth, or named so; '
             '.at(student, teacher) chooses others' for r in rows if r.unequal]
     return res
@@ -110,7 +111,8 @@ class Plan:
         return pd.DataFrame(cells).fillna('')
     def head(self):
         "What stands above the table"
-        counted = [f'{name}, {n:,} parameters' if n else name for name,n in zip((self.student,self.teacher), self.sizes)]
+        names = self.student,self.teacher
+        counted = [f'{name}, {n:,} parameters' if n else name for name,n in zip(names, self.sizes)]
         learned = f"{self.learned:,} parameters beside the student's"
         res = dict(student=counted[0], teacher=counted[1], loss=self.loss, learned=learned)
         return res if self.task is None else {**res, 'task': f"{self.task:.4g}, the Learner's loss here"}

@@ -8,14 +8,14 @@ __all__ = ['stage_slice', 'keyed', 'layer_names', 'Term', 'Terms']
 # %% ../../nbs/fit/00_terms.ipynb #h002
 import re
 from fastcore.foundation import L
-from ..loss import TaskLoss,check_weight,name_terms,weigher
+from ..loss import TaskLoss,name_terms,weigher
 from ..networks.names import match_stages
 
 # %% ../../nbs/fit/00_terms.ipynb #t001
 _stages = re.compile(r'stages(?:\[(?P<one>-?\d+)\]|\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?')
 
 def stage_slice(name):
-    "The part of a list of stages that 'stages', 'last', 'stages[-2]' or 'stages[1:]' mean; None for the name of a layer"
+    "The part of a list of stages that words such as 'stages[-2]' or 'last' mean; None for the name of a layer"
     m = _stages.fullmatch('stages[-1]' if name=='last' else name)
     if m is None: return None
     if m['one']:
@@ -34,7 +34,7 @@ def keyed(names):
 
 # %% ../../nbs/fit/00_terms.ipynb #t004
 def layer_names(spec, sides, who):
-    "Names of the layers that `spec` means, one list for each of `sides`; `ValueError`, beginning with `who`, where it means none"
+    "Names of the layers that `spec` means, one list for each of `sides`; `ValueError` (`who` reads …) for none"
     res = [[] for _ in sides]
     for item in L(spec):
         if not isinstance(item, str): raise TypeError(f'{who}: {item!r} is no name of a layer')
@@ -84,10 +84,11 @@ class Term:
         need = sorted(self.needs & {'teacher_pred','fm_t','teacher'})
         if teacher is None and need: raise ValueError(f'{self} reads {need[0]!r}, but the teacher is None')
         if need and need!=['teacher_pred'] and teacher.model is None:
-            raise ValueError(f'{self} reads the layers of one network, which {teacher!r} does not have: give a single teacher')
+            raise ValueError(f'{self} reads the layers of one network, which {teacher!r} does not have: '
+                             'give a single teacher')
         if self.spec==(None,None) and self.needs & {'fm_s','fm_t'}:
-            raise ValueError(f'{self} reads activations and has no layers of its own: name them with .at(student, teacher) '
-                             'or activations_student and activations_teacher')
+            raise ValueError(f'{self} reads activations and has no layers of its own: name them with '
+                             '.at(student, teacher) or activations_student and activations_teacher')
         said = [L(o) for o in self.spec]
         stages = any(str(o).startswith('stages') for names in said for o in names)
         if None not in self.spec and 'fm_t' in self.names and not stages: self._equal(*said)
@@ -111,7 +112,7 @@ class Term:
 
 # %% ../../nbs/fit/00_terms.ipynb #t009
 class Terms:
-    "The terms of `loss`, with the layers the callback names for one of them, and the share of the whole where there is no `TaskLoss`"
+    "The terms of `loss`, and its share of the whole where there is no `TaskLoss` in it"
     def __init__(self, loss, activations=(None,None), weight=.5, schedule=None):
         self.loss,self.weight,self.schedule = loss,weight,schedule
         pairs,given = loss.terms(),activations!=(None,None)
@@ -121,14 +122,15 @@ class Terms:
         self._share = weigher([w for w in (weight,schedule) if w is not None])
         default = weight==.5 and schedule is None
         if self.whole and not default:
-            raise ValueError(f'the loss {loss!r} holds TaskLoss(), so it is the whole loss; weight={weight!r} or a schedule '
-                             'beside it would have no meaning: write the weights into the sum')
+            raise ValueError(f'the loss {loss!r} holds TaskLoss(), so it is the whole loss; weight={weight!r} or a '
+                             'schedule beside it would have no meaning: write the weights into the sum')
         maps = [t for t in self.terms if t.maps]
         if given and not maps:
             raise ValueError(f'activations_student or activations_teacher are given, but {loss!r} reads no activations')
         if given and len(maps)>1:
-            raise ValueError('activations_student and activations_teacher are for one loss that reads activations; here are '
-                             f'{len(maps)}: {", ".join(map(repr, maps))}. Say the layers of each with .at(student, teacher)')
+            raise ValueError('activations_student and activations_teacher are for one loss that reads activations; '
+                             f'here are {len(maps)}: {", ".join(map(repr, maps))}. '
+                             'Say the layers of each with .at(student, teacher)')
     def __iter__(self): return iter(self.terms)
     def __len__(self): return len(self.terms)
     def __repr__(self): return repr(self.loss)
@@ -146,7 +148,8 @@ class Terms:
         if self.whole: return None
         share = self._share(pos, epoch)
         if 0<=share<=1: return share
-        raise ValueError(f'the weight of the distillation is {share:.4g} at pos={pos:.3f}, epoch {epoch:.2f}: expected 0 to 1')
+        raise ValueError(f'the weight of the distillation is {share:.4g} at pos={pos:.3f}, epoch {epoch:.2f}: '
+                         'expected 0 to 1')
     def check_share(self):
         "`ValueError` where the share leaves 0 to 1 somewhere in a fit"
         if self.whole: return

@@ -119,7 +119,7 @@ def _fixed(a, b):
 
 # %% ../../nbs/networks/04_cuts.ipynb #c013c
 Tried = namedtuple('Tried', 'cut ran reason')
-Tried.__doc__ = "A place tried: its `Cut`, the names of taps behind it, and why the network cannot be cut there (None: it can)"
+Tried.__doc__ = "A place tried: its `Cut`, the taps behind it, and why the network cannot be cut there (None: it can)"
 
 class Trial:
     "Tries where a network can be cut: what comes behind a layer, resumed, must say what the whole network says"
@@ -148,14 +148,15 @@ class Trial:
         if not isinstance(z, torch.Tensor):
             return Tried(None, (), f'{what}: it hands over a {type(z).__name__} there, not a tensor; '
                                    f'an item of it may do, as in {name+"[0]"!r}')
-        cut,ran = Cut(self.full, layer, as_info(z), fixed),self.behind(when)
+        cut,ran = Cut(self.full.bare(), layer, as_info(z), fixed),self.behind(when)
         try: back = record(self.model, z, prints=True, run=lambda z: cut.run(self.model, z))
         except Exception as e:
             return Tried(cut, ran, f'{what}: what comes after it does not run on blanks ({type(e).__name__}: {e})')
         odd = self.other(cut, back)
         if odd is None or self.same_prediction(cut, back) and self.apart(cut, z, ran): return Tried(cut, ran, None)
         why = f'the output also depends on what came before it in another way (first seen at {odd!r}); '
-        return Tried(cut, ran, f'{what}: {why}skip connections around a layer do that, or a state kept from batch to batch')
+        return Tried(cut, ran, f'{what}: {why}skip connections around a layer do that, '
+                               'or a state kept from batch to batch')
 
     def behind(self, when):
         "Names of the layers read that come after a tick"

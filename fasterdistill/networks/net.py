@@ -147,7 +147,7 @@ class Net:
         if x is not None: self.at(tupled(x))
 
     def at(self, xb, around=nullcontext, seen=None):
-        "Be at the batch `xb`; passes run inside `around()`. A `Record` `seen` of it spares a pass where a cut is asked for"
+        "Be at the batch `xb`; passes run inside `around()`. A `Record` `seen` of it spares a pass for a cut"
         self.passes.at(xb, around, seen)
     def only(self, layers):
         "The same network, reading `layers` alone"

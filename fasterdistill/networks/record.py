@@ -94,7 +94,8 @@ def reading(*models):
 
 # %% ../../nbs/networks/00_record.ipynb #c009
 Call = namedtuple('Call', 'module name n parent start out same')
-Call.__doc__ = """A module call: the `n`-th of `module` (called `name`), begun at tick `start` inside the call begun at `parent` (-1: in none).
+Call.__doc__ = """A module call: the `n`-th of `module` (called `name`), begun at tick `start` inside the call
+begun at `parent` (-1: in none).
 `out`: its output, an `Info` in the place of each tensor; `same`: it returned the very tensor of the last call in it"""
 
 Info = namedtuple('Info', 'shape dtype')
@@ -146,7 +147,7 @@ def _version(t):
     return 0 if t.is_inference() else t._version
 
 class Kept:
-    "An activation as a call took or returned it (`own`; `value`: a copy if asked for), and whether something wrote into it"
+    "An activation as a call took or returned it (`own`; `value`: a copy if asked for), and what wrote into it"
     def __init__(self, own, copy):
         self.own,self.handed = own,set()
         self.versions = [(t, _version(t)) for t in tensors(own)]
@@ -181,7 +182,7 @@ class _Recorder:
         self.names = {m: n for n,m in model.named_modules()}
         self.keep = {(l.name,l.n,l.kind) for l in keep}
         self.counts,self.tick = {},0
-        self.running = []                                # [module, n, start, weak reference to what was last returned inside]
+        self.running = []                                # [module, n, start, weak reference to the last output inside]
     def hold(self, name, n, kind, value):
         if (name,n,kind) in self.keep: self.rec.kept[name,n,kind] = Kept(value, self.copy)
     def enter(self, module, args):
