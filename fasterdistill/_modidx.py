@@ -753,7 +753,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterdistill.show._columns': ('show.html#_columns', 'fasterdistill/show.py'),
                                     'fasterdistill.show._contrast': ('show.html#_contrast', 'fasterdistill/show.py'),
                                     'fasterdistill.show._draw': ('show.html#_draw', 'fasterdistill/show.py'),
-                                    'fasterdistill.show._yes': ('show.html#_yes', 'fasterdistill/show.py'),
                                     'fasterdistill.show.plot_parts': ('show.html#plot_parts', 'fasterdistill/show.py'),
                                     'fasterdistill.show.predictions': ('show.html#predictions', 'fasterdistill/show.py'),
                                     'fasterdistill.show.show_attention': ('show.html#show_attention', 'fasterdistill/show.py'),

@@ -162,6 +162,7 @@ def match_stages(
     if equal and len(equal)>=few-1 and once(ss) and once(ts): return equal
     return list(zip(ends_of_parts(ss, few), ends_of_parts(ts, few), strict=True))
 
+# %% ../../nbs/networks/02_names.ipynb #c028b
 def pair_layers(
     student,        # A network
     teacher,        # Another
