@@ -523,7 +523,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fasterdistill/networks/names.py'),
                                               'fasterdistill.networks.names.Asked.module': ( 'networks/names.html#asked.module',
                                                                                              'fasterdistill/networks/names.py'),
-                                              'fasterdistill.networks.names.Asked.ran': ( 'networks/names.html#asked.ran',
+                                              'fasterdistill.networks.names.Asked.run': ( 'networks/names.html#asked.run',
                                                                                           'fasterdistill/networks/names.py'),
                                               'fasterdistill.networks.names.Asked.stages': ( 'networks/names.html#asked.stages',
                                                                                              'fasterdistill/networks/names.py'),
