@@ -21,6 +21,7 @@ def _columns(st):
     before = f' +{st.prefix}' if st.prefix else ''
     return {'channels':st.channels, 'size':'×'.join(map(str, st.size)), 'layout':st.layout+before}
 
+# %% ../nbs/12_show.ipynb #c005b
 def show_layers(
     model,       # The network
     x,           # An example input, a tensor or a tuple of them
@@ -41,11 +42,9 @@ def show_layers(
         row = {'layer':name, 'module':type(c.module).__name__, **_columns(st)}
         row['parameters'] = sum(p.numel() for p in c.module.parameters())
         row['stage'] = ends.get(name, '')
-        if cuts: row['cut'] = _yes(net.can_resume(name)) if name in ends else ''
+        if cuts: row['cut'] = {True:'yes',False:'no'}[net.can_resume(name)] if name in ends else ''
         rows.append(row)
     return pd.DataFrame(rows)
-
-def _yes(o): return 'yes' if o else 'no'
 
 # %% ../nbs/12_show.ipynb #c008
 def plot_parts(
@@ -130,6 +129,7 @@ def _bars(ax, probabilities, label):
     ax.tick_params(labelsize=8)
     ax.spines[['top','right']].set_visible(False)
 
+# %% ../nbs/12_show.ipynb #c013c
 def show_dark_knowledge(
     networks, # Networks by name, as in `{'teacher':…, 'student distilled':…}`
     x,        # Images (N,C,H,W), a few

@@ -46,16 +46,19 @@ class Asked:
         self.modules = [n for n,_ in model.named_modules()]
         self.called = f'the {who} ({type(model).__name__})'
 
-    @cached_property
-    def ran(self):
-        "A recorded pass"
-        if self.rec is not None: return self.rec
-        if self.x is None:
-            raise ValueError(f'to find {self.name!r} in the {self.who} it has to run: give an example input `x`')
-        with reading(self.model): return record(self.model, *tupled(self.x))
+    def run(self):
+        "The recorded pass, which is made once; `ValueError` if there is nothing to run on"
+        if self.rec is None:
+            if self.x is None:
+                raise ValueError(f'to find {self.name!r} in the {self.who} it has to run: give an example input `x`')
+            with reading(self.model): self.rec = record(self.model, *tupled(self.x))
+        return self.rec
 
     @cached_property
-    def stages(self): return stages(self.model, self.ran.xb if self.x is None else self.x, self.ran)
+    def stages(self):
+        "The ends of its stages"
+        rec = self.run()
+        return stages(self.model, rec.xb if self.x is None else self.x, rec)
 
     def module(self, path):
         "The full path of the module that `path` means, None if none; `ValueError` if it could be several"
@@ -70,8 +73,9 @@ class Asked:
 
     def embedding(self):
         "The `Layer` of what goes into the last layer with weights, None if none has any"
-        outer = {c.parent for c in self.ran}         # a network may hold weights of its own, as a ViT its class token
-        layers = [c for c in self.ran if c.start not in outer and [*c.module.parameters(recurse=False)]]
+        rec = self.run()
+        outer = {c.parent for c in rec}         # a network may hold weights of its own, as a ViT its class token
+        layers = [c for c in rec if c.start not in outer and [*c.module.parameters(recurse=False)]]
         return Layer(layers[-1].name, 'in', layers[-1].n, None) if layers else None
 
     def end_of_stage(self, path):
@@ -111,7 +115,7 @@ _activations = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.
 
 def _before_activation(asked, path, n):
     "The `Layer` of what the `n`-th call of `path` returned before its last activation"
-    rec = asked.ran
+    rec = asked.run()
     top = rec.find(path, n)
     if top is None:
         raise ValueError(f"the {asked.who}'s layer {path!r} did not run {n} time(s), "
@@ -128,6 +132,7 @@ def _before_activation(asked, path, n):
 # %% ../../nbs/networks/02_names.ipynb #c023e
 def _alias(asked, parts):
     "The `Layer` that an alias stands for, with the item and the kind that `parts`, the name as it is written, adds"
+    asked.run()                               # no module has this name, so only a pass can tell
     found = asked.embedding() if parts.name=='embedding' else asked.end_of_stage(parts.name)
     if found is None: raise _unknown(asked)
     found = found._replace(item=parts.item or found.item)
@@ -162,6 +167,7 @@ def match_stages(
     if equal and len(equal)>=few-1 and once(ss) and once(ts): return equal
     return list(zip(ends_of_parts(ss, few), ends_of_parts(ts, few), strict=True))
 
+# %% ../../nbs/networks/02_names.ipynb #c028b
 def pair_layers(
     student,        # A network
     teacher,        # Another

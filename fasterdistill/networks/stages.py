@@ -134,6 +134,7 @@ def pooled(
     if st.layout=='BLC': return z[:,st.prefix:].mean(1)
     return z.mean((2,3) if st.layout=='NCHW' else (1,2))
 
+# %% ../../nbs/networks/01_stages.ipynb #c015c
 def from_map(
     m,      # A map (B,C,H,W)
     stage,  # The `Stage` whose layout is wanted
@@ -209,6 +210,7 @@ class Outputs:
         runs = [run for run in runs if len(run)>3 and self.has_most(*run) and self.of(run[0])]
         return max(runs, key=len, default=[])
 
+# %% ../../nbs/networks/01_stages.ipynb #s052
 def _params(m):
     "How many weights a module has"
     return sum(p.numel() for p in m.parameters())
@@ -291,6 +293,7 @@ def _stated(model, outs):
         if len({s.size for s in sts})==1: return ends_of_parts(sts, 4)
         return _by_reduction(sts, outs.hw)
 
+# %% ../../nbs/networks/01_stages.ipynb #c018f
 def _encoder(sts):
     "`sts` up to where the maps grow again"
     grown = [i for i in range(1, len(sts)) if sts[i].area > sts[i-1].area]
