@@ -132,12 +132,12 @@ class _Fit:
 class Checkpoint(Callback):
     """Write after every epoch all that a fit needs to go on, and with `resume` go on:
     the same line of code, run again in a new process, ends as the fit that was never stopped.
-    With or without a `KnowledgeDistillationCallback`.
-    `ValueError` if the file is that of another fit, before anything is trained; `FileNotFoundError` if there is none."""
+    With or without a `KnowledgeDistillationCallback`. Before anything is trained:
+    `ValueError` if the file is that of another fit, `FileNotFoundError` if there is none."""
     order,remove_on_fetch = 71,True  # the last in an epoch, and after fastai's own SkipToEpoch
     def __init__(self,
         fname='checkpoint', # The file, as for `learn.save`
-        resume=False,       # Go on from the file: True, or 'auto', which starts at the beginning where there is none
+        resume=False,       # Go on from the file: True, or 'auto', which starts anew where there is none
     ):
         if resume not in (True,False,'auto'): raise ValueError(f"resume={resume!r}: expected True, False or 'auto'")
         super().__init__()

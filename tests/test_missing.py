@@ -19,7 +19,7 @@ from torch import nn
 
 from fasterdistill.loss import DistillLoss,TaskLoss
 from fasterdistill.losses.logits import SoftTarget
-from fasterdistill.missing import MissingLabels
+from fasterdistill.missing import MissingLabels,gaps,labels_of,refuse_gaps
 
 torch.set_num_threads(1)
 nan = float('nan')
@@ -390,3 +390,23 @@ def test_it_is_asked_for(teacher):
         t = net(8, classes=tasks[task][1], s=1)
         refused(make(task, [KD(t)], metrics=[accuracy] if task=='classes' else []), 'MissingLabels')
     fit(make('classes', [KD(teacher)], loss=nn.CrossEntropyLoss()))            # -100 is what this one leaves out, and there is no metric to mislead
+
+def test_who_looks_after_them():
+    class Own(MissingLabels): "One that does more"
+    for cb in (MissingLabels(),Own()): assert labels_of(make('classes', [At('after_fit', len),cb])) is cb
+    assert labels_of(make('classes')) is None
+
+@pytest.mark.parametrize('y,criterion,metrics,n', [
+    (holes(Y[:32], empty=[]), CrossEntropyLossFlat(), [accuracy], 21),
+    (holes(Y[:32], empty=[]), CrossEntropyLossFlat(), [], 0),                  # the loss function leaves them out
+    (holes(Y[:32], empty=[]), nn.CrossEntropyLoss(ignore_index=255), [], 21),
+    (holes(Y[:32], empty=[]), MSELossFlat(), [rmse], 0),                       # -100 is a number
+    (holes(Y[:32]/9., nan, empty=[]), MSELossFlat(), [], 21),
+    (specks(Y[:32])[:3], BCEWithLogitsLossFlat(), [], 0)], ids=['metric','left out','another label','numbers','nan','single'])
+def test_gaps_refused(y, criterion, metrics, n):
+    learn = make('classes', loss=criterion); learn.yb = (y,)
+    assert gaps(y, -100).all(1).sum()==n or n==0
+    if n:
+        with pytest.raises(ValueError, match=f'^{n} of the 32 items of the first batch have no label'): refuse_gaps(learn, metrics)
+    else: refuse_gaps(learn, metrics)
+    learn.add_cb(MissingLabels()); refuse_gaps(learn, metrics)

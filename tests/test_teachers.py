@@ -18,7 +18,7 @@ from fasterdistill.loss import DistillLoss,TaskLoss
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.logits import BinarySoftTarget,SoftTarget
-from fasterdistill.teachers.teacher import Ensemble,Frozen,Teacher,as_teacher
+from fasterdistill.teachers.teacher import Called,Ensemble,Frozen,Teacher,as_teacher
 
 torch.set_num_threads(1)
 
@@ -100,14 +100,20 @@ def test_what_cannot_teach(teacher):
     with pytest.raises(ValueError, match='belong together'): Frozen(teacher, mean=[.5])
     with pytest.raises(TypeError, match='cannot teach'): as_teacher([teacher,3])
 
-@pytest.mark.parametrize('wrong', [SoftTarget,partial(SoftTarget, T=2),lambda: .1*TaskLoss()+SoftTarget(),lambda: SoftTarget(),lambda: FitNet().at('fc')], ids=['a class','a partial','a sum','one','with layers'])
-def test_arguments_swapped(teacher, wrong):
-    "A loss in the teacher's place is refused in words, whatever stands in its own place; in a list and in Frozen too"
-    o = wrong if isinstance(wrong, (type,partial)) else wrong()
-    swapped = r'is a loss, not a teacher: the teacher comes first, KnowledgeDistillationCallback\(teacher, loss\)'
-    for f in (as_teacher,Frozen,KD,lambda o: KD(o, teacher),lambda o: KD(o, SoftTarget()),lambda o: as_teacher([teacher,o]),lambda o: Ensemble([o,teacher])):
-        with pytest.raises(TypeError, match=swapped): f(o)
-    assert isinstance(as_teacher(partial(teacher)), Teacher)        # a partial of something else is a function of the inputs
+misplaced = {'one': SoftTarget(), 'with layers': FitNet().at('fc'), 'a sum': .1*TaskLoss()+SoftTarget(),
+             'a class': SoftTarget, 'a partial': partial(SoftTarget, T=2)}
+takes = dict(by_itself=as_teacher, frozen=Frozen, callback=KD, swapped=lambda o: KD(o, net()),
+             twice=lambda o: KD(o, SoftTarget()), listed=lambda o: as_teacher([net(),o]),
+             ensemble=lambda o: Ensemble([o,net()]))
+
+@pytest.mark.parametrize('wrong', misplaced)
+@pytest.mark.parametrize('place', takes)
+def test_a_loss_in_the_teachers_place(wrong, place):
+    says = r'is a loss, not a teacher: the teacher comes first, KnowledgeDistillationCallback\(teacher, loss\)'
+    with pytest.raises(TypeError, match=says): takes[place](misplaced[wrong])
+
+def test_a_partial_is_a_function(teacher):
+    assert isinstance(as_teacher(partial(teacher)), Called)         # of the inputs, whatever it is of, but for a loss
 
 # ---- outputs ----
 
