@@ -76,12 +76,12 @@ class MissingLabels(Callback):
 @patch
 def part(self:MissingLabels, pred, yb, criterion=None):
     "`(pred, targets, keep)` of what is labelled, a mask where it was; all of it and None if nothing is missing, no targets if everything is"
-    gaps = [gaps(y, self.missing) for y in yb]
-    if self.entries and gaps[0].shape[1]>1: return self._single(pred, yb, ~gaps[0], criterion)
-    gone = gaps[0].all(1)
-    odd = torch.stack([f(1)!=gone for g in gaps for f in (g.any,g.all)]).any(0)
+    found = [gaps(y, self.missing) for y in yb]
+    if self.entries and found[0].shape[1]>1: return self._single(pred, yb, ~found[0], criterion)
+    gone = found[0].all(1)
+    odd = torch.stack([f(1)!=gone for g in found for f in (g.any,g.all)]).any(0)
     n_odd,n_gone = torch.stack([odd.sum(),gone.sum()]).tolist()
-    if n_odd: self._refuse(gaps, int(odd.nonzero()[0]))
+    if n_odd: self._refuse(found, int(odd.nonzero()[0]))
     if not n_gone: return pred,yb,None
     return _rows(pred, ~gone),tuple(y[~gone] for y in yb) if n_gone<len(gone) else (),~gone
 
