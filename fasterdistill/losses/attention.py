@@ -8,33 +8,40 @@ __all__ = ['attention_map', 'Attention']
 # %% ../../nbs/losses/20_attention.ipynb #c002
 import torch.nn.functional as F
 from fastcore.basics import store_attr
+from ..loss import FeatureLoss
 from ..networks.record import plain
 from ..networks.stages import to_map
-from ..loss import FeatureLoss
+from ..task import check_choice
 
 # %% ../../nbs/losses/20_attention.ipynb #c010
 def attention_map(z, p=2, map='sum'):
-    "Where a map `(B,C,H,W)` is strong: the sum (or maximum) over channels of `|z|^p`, flattened to `(B,H·W)` and of length 1"
-    a = z.pow(2) if p==2 else z.abs() if p==1 else z.abs().pow(p)
-    return F.normalize((a.sum(1) if map=='sum' else a.amax(1)).flatten(1), dim=1, eps=1e-12)
+    """Where a map `(B,C,H,W)` is strong: the sum (or maximum) over channels of `|z|^p`,
+    flattened to `(B,H·W)` and of length 1."""
+    if p==2: a = z.pow(2)
+    else: a = z.abs() if p==1 else z.abs().pow(p)
+    a = a.sum(1) if map=='sum' else a.amax(1)
+    return F.normalize(a.flatten(1), dim=1, eps=1e-12)
 
 # %% ../../nbs/losses/20_attention.ipynb #c014
 class Attention(FeatureLoss):
     """Match where student and teacher activations are strong, whatever their channels.
-    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, to a scalar, summed over the pairs; the larger map of a pair is average-pooled to the smaller.
+    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, to a scalar, summed over the pairs;
+    the larger map of a pair is average-pooled to the smaller.
     `form='code'`, the mean of squared differences, wants a weight of about 1000. Zagoruyko and Komodakis, ICLR 2017."""
     def __init__(self,
         p:float=2,        # Power of the activations
         map:str='sum',    # Over channels: 'sum' or 'max'
         form:str='code',  # 'code': mean of squares; 'paper': mean over the batch of the length of the difference
     ):
-        for n,v,ok in (('map',map,('sum','max')),('form',form,('code','paper'))):
-            if v not in ok: raise ValueError(f'Attention({n}={v!r}): expected {ok[0]!r} or {ok[1]!r}')
+        check_choice('Attention', 'map', map, ('sum','max'))
+        check_choice('Attention', 'form', form, ('code','paper'))
         store_attr()
     def pair(self, s, t, xb=None):
         s,t = to_map(plain(s), x=xb),to_map(plain(t), x=xb)
         size = [min(a,b) for a,b in zip(s.shape[2:], t.shape[2:])]
-        if size==[1,1]: raise ValueError('a map of 1×1 has one place to look at, so Attention would be 0 whatever the student does: name larger layers, as in Attention().at("stages[:-1]")')
+        if size==[1,1]:
+            raise ValueError('a map of 1×1 has one place to look at, so Attention would be 0 whatever the student '
+                             'does: name larger layers, as in Attention().at("stages[:-1]")')
         s,t = (o if list(o.shape[2:])==size else F.adaptive_avg_pool2d(o, size) for o in (s,t))
         d = attention_map(s, self.p, self.map)-attention_map(t, self.p, self.map)
         return d.pow(2).mean() if self.form=='code' else d.norm(dim=1).mean()

@@ -8,21 +8,25 @@ __all__ = ['FitNet']
 # %% ../../nbs/losses/21_fitnet.ipynb #c002
 import torch.nn.functional as F
 from fastcore.basics import store_attr
+from ..loss import FeatureLoss
 from ..networks.adapters import regressor
 from ..networks.record import plain
 from ..networks.stages import to_map
-from ..loss import FeatureLoss
 
 # %% ../../nbs/losses/21_fitnet.ipynb #c008
 class FitNet(FeatureLoss):
     """Match the teacher's activations through a learned regressor: the mean squared difference of every entry.
-    Pairs of activations of any layout to a scalar, summed over the pairs; with `adapter=None` the shapes must agree (`ValueError`). Romero et al., ICLR 2015."""
+    Pairs of activations of any layout to a scalar, summed over the pairs; with `adapter=None` the shapes must agree
+    (`ValueError`). Romero et al., ICLR 2015."""
     layers = 'last'
     def __init__(self,
-        adapter=regressor, # `f(s, t)` that makes the module between student and teacher for a pair of examples; None for none
+        adapter=regressor, # `f(s, t)` that makes the module between a pair of examples; None for none
     ): store_attr()
     def pair(self, s, t, xb=None):
         s,t = plain(s),plain(t)
         if s.shape!=t.shape and s.ndim==4: t = to_map(t, x=xb)
-        if s.shape!=t.shape: raise ValueError(f'FitNet compares activations of one shape, here {tuple(s.shape)} and {tuple(t.shape)}' + ('; leave adapter at its default to have them met' if self.adapter is None else ''))
+        if s.shape!=t.shape:
+            hint = '; leave adapter at its default to have them met' if self.adapter is None else ''
+            raise ValueError('FitNet compares activations of one shape, '
+                             f'here {tuple(s.shape)} and {tuple(t.shape)}{hint}')
         return F.mse_loss(s, t)

@@ -8,66 +8,68 @@ __all__ = ['SoftTarget', 'BinarySoftTarget', 'Logits']
 # %% ../../nbs/losses/10_logits.ipynb #c002
 import torch.nn.functional as F
 from fastcore.basics import store_attr
-from ..networks.record import plain
 from ..loss import DistillLoss
-from ..task import check_T,class_axis,ignored_label,same_classes,task_kind
+from ..networks.record import plain
+from ..task import Rows,check_T,same_classes,task_kind
 
 # %% ../../nbs/losses/10_logits.ipynb #c010
 class SoftTarget(DistillLoss):
     """Match the teacher's class probabilities, softened by a temperature: `T²·KL(teacher‖student)`.
-    `(B,C)`, dense `(B,C,H,W)` or sequence `(B,L,C)` logits to a scalar, the mean over items, pixels or positions (those the Learner's loss function ignores left out).
+    `(B,C)`, dense `(B,C,H,W)` or sequence `(B,L,C)` logits to a scalar, the mean over items, pixels or positions
+    (those the Learner's loss function ignores left out).
     `ValueError` for a single logit, a regression or unequal classes. Hinton et al., 2015."""
     def __init__(self,
         T:float=4.,             # Temperature
         standardize:bool=False, # Bring each row of logits to mean 0 and deviation 1 first (Sun et al., CVPR 2024)
     ):
-        check_T(T); store_attr()
+        check_T(T)
+        store_attr()
     def forward(self, pred, teacher_pred, target=None, criterion=None):
-        s,t = plain(pred),plain(teacher_pred)
-        if s.ndim<2: raise ValueError(f'SoftTarget needs (B,C) logits, the student returns {tuple(s.shape)}; for one number an item use Logits (regression) or BinarySoftTarget (yes or no)')
-        axis = class_axis(s, target, criterion)
-        same_classes(s, t, axis)
-        kind = task_kind(criterion)
-        if kind=='regression': raise ValueError('SoftTarget compares class probabilities, but the Learner\'s loss function is one of regression; use Logits')
-        if kind=='multi' or s.shape[axis]==1: raise ValueError(f'SoftTarget makes probabilities that sum to 1 over the classes, which a yes-or-no output of shape {tuple(s.shape)} has not; use BinarySoftTarget')
-        skip = ignored_label(criterion) if target is not None and s.ndim>2 and not target.is_floating_point() else None
-        if s.ndim>2:
-            s,t = (o.movedim(axis, -1).flatten(0,-2) for o in (s,t))
-            if skip is not None: keep = plain(target).reshape(-1)!=skip
-        if self.standardize: s,t = ((o-o.mean(1, keepdim=True))/(o.std(1, keepdim=True)+1e-7) for o in (s,t))
+        rows = Rows(self, pred, teacher_pred, target, criterion=criterion)
+        s,t = rows.pred,rows.teacher_pred
+        if self.standardize: s,t = _standardized(s),_standardized(t)
         s,t = F.log_softmax(s/self.T, 1),F.log_softmax(t/self.T, 1)
-        if skip is None: return F.kl_div(s, t, reduction='batchmean', log_target=True)*self.T**2
-        kl = F.kl_div(s, t, reduction='none', log_target=True).sum(1)
-        return (kl*keep).sum()/keep.sum().clamp(min=1)*self.T**2
+        if rows.counts is None: return F.kl_div(s, t, reduction='batchmean', log_target=True)*self.T**2
+        return rows.mean(F.kl_div(s, t, reduction='none', log_target=True).sum(1))*self.T**2
+
+def _standardized(z):
+    "Each row of `z` at mean 0 and deviation 1"
+    return (z-z.mean(1, keepdim=True))/(z.std(1, keepdim=True)+1e-7)
 
 # %% ../../nbs/losses/10_logits.ipynb #c028
 def _one_column(s, t):
     "The teacher's `(B,)` as the student's `(B,1)` and the reverse; other shapes as they are"
-    return s,t.reshape(s.shape) if s.shape in (t.shape+(1,), t.shape[:-1]) and s.numel()==t.numel() else t
+    without_column = s.shape==t.shape+(1,) or s.shape==t.shape[:-1] and s.numel()==t.numel()
+    return t.reshape(s.shape) if without_column else t
 
 class BinarySoftTarget(DistillLoss):
-    """Match the teacher's yes-or-no probabilities, each output by itself: the mean of `T²·KL` between Bernoulli distributions.
-    Logits of any shape (multi-label `(B,C)`, one logit `(B,1)` or `(B,)`) to a scalar. `ValueError` for unequal shapes."""
+    """Match the teacher's yes-or-no probabilities, each output by itself: the mean of `T²·KL`, Bernoulli by Bernoulli.
+    Logits of any shape, multi-label `(B,C)` or one an item, `(B,1)` or `(B,)`, to a scalar.
+    `ValueError` for unequal shapes."""
     def __init__(self,
         T:float=1., # Temperature
     ):
-        check_T(T); store_attr()
+        check_T(T)
+        store_attr()
     def forward(self, pred, teacher_pred, criterion=None):
         s,t = plain(pred),plain(teacher_pred)
-        s,t = _one_column(s, t)
+        t = _one_column(s, t)
         same_classes(s, t, -1)
-        if (kind := task_kind(criterion)) in ('single','regression'):
-            raise ValueError(f"BinarySoftTarget compares yes-or-no outputs, but the Learner's loss function is one of {dict(single='one class of several; use SoftTarget', regression='regression; use Logits')[kind]}")
+        others = dict(single='one class of several; use SoftTarget', regression='regression; use Logits')
+        if (kind := task_kind(criterion)) in others:
+            raise ValueError('BinarySoftTarget compares yes-or-no outputs, '
+                             f"but the Learner's loss function is one of {others[kind]}")
         s,t = s/self.T,t/self.T
         p = t.sigmoid()
-        return (p*(F.logsigmoid(t)-F.logsigmoid(s)) + (1-p)*(F.logsigmoid(-t)-F.logsigmoid(-s))).mean()*self.T**2
+        yes,no = F.logsigmoid(t)-F.logsigmoid(s),F.logsigmoid(-t)-F.logsigmoid(-s)
+        return (p*yes + (1-p)*no).mean()*self.T**2
 
 # %% ../../nbs/losses/10_logits.ipynb #c034
 class Logits(DistillLoss):
-    """Match the teacher's raw outputs: their mean squared difference. Any shape, the same of both, to a scalar; the loss for regression.
-    `ValueError` for unequal shapes. Ba and Caruana, NeurIPS 2014."""
+    """Match the teacher's raw outputs: their mean squared difference. Any shape, the same of both, to a scalar;
+    the loss for regression. `ValueError` for unequal shapes. Ba and Caruana, NeurIPS 2014."""
     def forward(self, pred, teacher_pred):
         s,t = plain(pred),plain(teacher_pred)
-        s,t = _one_column(s, t)
+        t = _one_column(s, t)
         same_classes(s, t, -1)
         return F.mse_loss(s, t)

@@ -9,95 +9,78 @@ __all__ = ['OFALogits', 'OFA']
 import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from ..networks.adapters import exit_head
-from ..networks.record import plain
-from ..networks.stages import describe
 from ..loss import DistillLoss
-from ..task import check_T,class_axis,ignored_label,same_classes,task_kind
-
-# %% ../../nbs/losses/12_ofa.ipynb #c008
-def _one_class(pred, axis, criterion, who):
-    "`ValueError` unless `pred` holds logits of several classes, one of which is an item's"
-    other = dict(multi='yes-or-no outputs; use BinarySoftTarget', regression='regression; use Logits').get(task_kind(criterion))
-    if other: raise ValueError(f"{who} needs one class of several an item; the Learner's loss function is one of {other}")
-    if pred.ndim<2 or pred.shape[axis]==1: raise ValueError(f'{who} needs one class of several an item, logits (B,C); the student returns one number an item, {tuple(pred.shape)}')
-
-def _shares(pred, target, mix=None, skip=-100):
-    "How much of each label is which class, `(B,C)` like the logits `pred`: soft labels as they are, one class for an integer, the blend of two under a `mix`; 0 where there is none (`skip`, what is no class's number, NaN)"
-    def shares(y):
-        if y.is_floating_point() and y.shape==pred.shape: return y.to(pred.dtype).masked_fill(y.isnan(), 0)
-        if y.is_floating_point() or y.numel()!=len(pred): raise ValueError(f'labels of shape {tuple(y.shape)} for logits of shape {tuple(pred.shape)}: expected a class for each item, (B,) integers, or a share of each class, (B,C) floats')
-        y = y.reshape(-1).long()
-        known = (y>=0)&(y<pred.shape[1])&(y!=skip)
-        return F.one_hot(y.masked_fill(~known, 0), pred.shape[1]).to(pred.dtype)*known[:,None]
-    if mix is None: return shares(target)
-    other,lam = mix
-    if getattr(lam, 'ndim', 0): lam = lam.reshape(-1,1)
-    return lam*shares(target) + (1-lam)*shares(other)
-
-# %% ../../nbs/losses/12_ofa.ipynb #c009
-def _rows(s, t, y, mix, criterion, who):
-    "Logits of student and teacher as `(N,C)`, a row for each item, pixel or position, `_shares` of its label, and 1 for those that count (None where all do); `ValueError` where there is no one class an item"
-    axis = class_axis(s, None if y.is_floating_point() else y, criterion) if s.ndim else 0
-    _one_class(s, axis, criterion, who)
-    same_classes(s, t, axis)
-    skip = -100 if (skip := ignored_label(criterion)) is None else skip
-    if s.ndim>2:
-        if mix is not None or y.is_floating_point(): raise ValueError(f'{who} reads an integer label for each pixel or position, without MixUp and CutMix; here are labels of shape {tuple(y.shape)}, {"mixed" if mix is not None else "not integers"}')
-        s,t = (o.movedim(axis, -1).flatten(0,-2) for o in (s,t))
-        if y.numel()!=len(s): raise ValueError(f'{who}: labels of shape {tuple(y.shape)} for {len(s)} pixels or positions')
-        y = y.reshape(-1)
-        return s,t,_shares(s, y, None, skip),(y!=skip).to(s.dtype)
-    return s,t,_shares(s, y, mix, skip),None
+from ..networks.adapters import exit_head
+from ..networks.stages import describe
+from ..task import Rows,check_T,check_choice,check_classes
 
 # %% ../../nbs/losses/12_ofa.ipynb #c010
 class OFALogits(DistillLoss):
     """Match the teacher's class probabilities, with more weight on the class of the label.
-    `(B,C)` logits and labels (`(B,)` integers, or `(B,C)` shares) to a scalar, the mean over items; dense `(B,C,H,W)` and sequences `(B,L,C)` likewise, what the Learner's loss function ignores left out.
+    `(B,C)` logits and labels (`(B,)` integers, or `(B,C)` shares) to a scalar, the mean over items; dense `(B,C,H,W)`
+    and sequences `(B,L,C)` likewise, what the Learner's loss function ignores left out.
     `ValueError` where there is no one class an item, or unequal classes. Hao et al., NeurIPS 2023."""
     def __init__(self,
-        gamma:float=1.,   # Exponent: 1 is plain soft cross-entropy, more stresses the label's class where the teacher is sure of it
+        gamma:float=1.,   # Exponent: 1 is plain soft cross-entropy, more stresses a label that the teacher is sure of
         T:float=1.,       # Temperature of both sides; the loss is not multiplied by its square
-        form:str='code',  # 'code' as the authors' program has it, without the cross-entropy of the labels; 'paper' as printed, with it
+        form:str='code',  # 'code' as the authors' program, without the cross-entropy of the labels; 'paper' as printed
     ):
-        check_T(T); store_attr()
-        if form not in ('code','paper'): raise ValueError(f"OFALogits(form={form!r}): expected 'code' or 'paper'")
-        if not isinstance(gamma, (int,float)) or not 0<gamma<float('inf'): raise ValueError(f'OFALogits(gamma={gamma!r}): expected a positive number')
+        check_T(T)
+        check_choice('OFALogits', 'form', form, ('code','paper'))
+        if not isinstance(gamma, (int,float)) or not 0<gamma<float('inf'):
+            raise ValueError(f'OFALogits(gamma={gamma!r}): expected a positive number')
+        store_attr()
     def forward(self, pred, teacher_pred, target, mix=None, criterion=None):
-        s,t,q,keep = _rows(plain(pred), plain(teacher_pred), plain(target), mix, criterion, repr(self))
-        p,log_s = (t/self.T).softmax(1),F.log_softmax(s/self.T, 1)
-        own,other = ((1+p)**self.gamma-1,p**self.gamma) if self.form=='code' else ((1+p)**self.gamma,p)
-        res = -((q*own+(1-q)*other)*log_s).sum(1)
-        return res.mean() if keep is None else (res*keep).sum()/keep.sum().clamp(min=1)
+        rows = Rows(self, pred, teacher_pred, target, mix, criterion)
+        p,log_s = (rows.teacher_pred/self.T).softmax(1),F.log_softmax(rows.pred/self.T, 1)
+        q,(own,other) = rows.shares,self.weights(p)
+        return rows.mean(-((q*own+(1-q)*other)*log_s).sum(1))
+    def weights(self, p):
+        "What a class that the teacher gives `p` weighs: as the label's class, and as another's"
+        if self.form=='code': return (1+p)**self.gamma-1,p**self.gamma
+        return (1+p)**self.gamma,p
 
 # %% ../../nbs/losses/12_ofa.ipynb #c028
 class OFA(DistillLoss):
-    """Let each stage of the student answer through an exit of its own, and teach every answer, and the student's own, as `OFALogits` does.
-    Stages of any layout, `(B,C)` predictions and labels to a scalar; the teacher may be of any kind, and a batch of one item goes without it.
-    `ValueError` where there is no one class an item, or another number of gammas than of answers. Hao et al., NeurIPS 2023."""
+    """Let each stage of the student answer through an exit of its own, and teach every answer, and the student's own,
+    as `OFALogits` does. Stages of any layout, `(B,C)` predictions and labels to a scalar; the teacher may be of any
+    kind, and a batch of one item goes without it. `ValueError` where there is no one class an item, or another number
+    of gammas than of answers. Hao et al., NeurIPS 2023."""
     layers,logs,min_items = 'stages',('ofa_final','ofa_exits'),2
     def __init__(self,
-        gamma=1.,         # Exponent of the label's class; one for all, or a list: one for each exit, then the final prediction's
+        gamma=1.,         # Exponent of the label's class; or a list: one for each exit, then the final prediction's
         T:float=1.,       # Temperature
         exits:float=1.,   # Weight of the exits, which are summed
         final:float=1.,   # Weight of the student's own prediction
         width=None,       # Width of the exits' last layers; the last stage's own if left out
         form:str='code',  # As for `OFALogits`
-        head=exit_head,   # `f(z, classes, width, left, xb)` that makes the exit of activation `z`, after which `left` more are read
+        head=exit_head,   # `f(z, classes, width, left, xb)` makes the exit of activation `z`, which `left` more follow
     ):
-        check_T(T); store_attr()
-        self.answers = [OFALogits(g, T, form) for g in (gamma if isinstance(gamma, (list,tuple)) else [gamma])]
+        check_T(T)
+        store_attr()
+        gammas = gamma if isinstance(gamma, (list,tuple)) else [gamma]
+        self.answers,self.heads = [OFALogits(g, T, form) for g in gammas],nn.ModuleList()
     def build(self, fm_s, pred, xb=None, criterion=None):
-        n,zs = len(fm_s),list(fm_s.values())
-        if len(self.answers) not in (1,n+1): raise ValueError(f'{self!r} has {len(self.answers)} values of gamma for {n} exits and the final prediction: expected one, or {n+1}')
-        _one_class(pred, min(1, pred.ndim-1), criterion, repr(self))
-        if pred.ndim>2: raise ValueError(f'{self!r} has exits to one answer an item; the student predicts {tuple(pred.shape)}. For dense predictions OFALogits alone')
-        last = describe(zs[-1], xb)
-        self.heads = nn.ModuleList([self.head(z, pred.shape[1], self.width or last and last.channels, n-1-i, xb=xb) for i,z in enumerate(zs)]).to(pred.device)
+        n,maps = len(fm_s),list(fm_s.values())
+        if len(self.answers) not in (1,n+1):
+            raise ValueError(f'{self!r} has {len(self.answers)} values of gamma for {n} exits '
+                             f'and the final prediction: expected one, or {n+1}')
+        check_classes(self, criterion, pred, min(1, pred.ndim-1))
+        if pred.ndim>2:
+            raise ValueError(f'{self!r} has exits to one answer an item; the student predicts {tuple(pred.shape)}. '
+                             'For dense predictions OFALogits alone')
+        last = describe(maps[-1], xb)
+        width = self.width or last and last.channels
+        heads = [self.head(z, pred.shape[1], width, n-1-i, xb=xb) for i,z in enumerate(maps)]
+        self.heads.extend(heads).to(pred.device)
     def forward(self, fm_s, pred, teacher_pred, target, mix=None, criterion=None):
-        if not self.built: raise RuntimeError(f'{self!r} has exits to make: called by hand it needs build(fm_s=…, pred=…) first')
-        *early,final = self.answers*(len(fm_s)+1) if len(self.answers)==1 else self.answers
-        kd = lambda f, z: f(pred=z, teacher_pred=teacher_pred, target=target, mix=mix, criterion=criterion)
-        own,taught = kd(final, pred),sum(kd(f, h(z)) for f,h,z in zip(early, self.heads, fm_s.values(), strict=True))
-        self.log('ofa_final', own); self.log('ofa_exits', taught/len(fm_s))
+        if not self.built:
+            raise RuntimeError(f'{self!r} has exits to make: called by hand it needs build(fm_s=…, pred=…) first')
+        said = [*(head(z) for head,z in zip(self.heads, fm_s.values(), strict=True)),pred]
+        answers = self.answers if len(self.answers)>1 else self.answers*len(said)
+        given = dict(teacher_pred=teacher_pred, target=target, mix=mix, criterion=criterion)
+        *early,own = [f(pred=z, **given) for f,z in zip(answers, said, strict=True)]
+        taught = sum(early)
+        self.log('ofa_final', own)
+        self.log('ofa_exits', taught/len(early))
         return self.final*own + self.exits*taught
