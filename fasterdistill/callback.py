@@ -31,11 +31,11 @@ class KnowledgeDistillationCallback(Quick):
     are as without it; what comes out is the plain student."""
     order,run_valid = 5,False     # after MixUp, inside autocast, before GradientAccumulation scales
     def __init__(self,
-        teacher,                  # A module, Learner, path of an exported one, function, list of these, `Teacher`, or None
+        teacher,                  # A module, Learner, path of an exported one, function, `Teacher`, list, or None
         loss=None,                # A loss, a sum, a class, or a function as fasterai's; by default what suits the task
         activations_student=None, # Layer(s) of the student, where one loss reads activations and does not say `.at`
         activations_teacher=None, # Layer(s) of the teacher, likewise
-        weight=0.5,               # Share of distillation, 0 to 1 or a function of `pos`; none beside `TaskLoss()`
+        weight=0.5,               # Share of distillation, 0 to 1 or a function of `pos`; not beside `TaskLoss()
         schedule=None,            # A function of `pos` that multiplies `weight`
         output=None,              # The student's prediction in a tuple or dict: a position, a key or a function
         columns=True,             # Show each loss and the agreement with the teacher in the training table

@@ -10,18 +10,9 @@ from pathlib import Path
 from fastcore.script import CliError,call_parse
 
 # %% ../nbs/80_cli.ipynb #c027
-def _taught(teacher, loss, weight):
-    "The callback, with a loss of its own; without a weight 0.9, or what the loss itself says where it holds the task loss"
-    whole = any(isinstance(l, TaskLoss) for _,l in loss.terms())
-    return KnowledgeDistillationCallback(teacher, deepcopy(loss), weight=weight if weight is not None else .5 if whole else .9)
-
-@contextmanager
-def _one_thread():
-    "Networks this small gain nothing from more threads, and the numbers would depend on how many there are"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+def _check_counts(epochs, teacher_epochs, seeds):
+    if min(epochs, teacher_epochs, seeds)<1:
+        raise ValueError(f'epochs {epochs}, teacher epochs {teacher_epochs}, seeds {seeds}: expected 1 or more of each')
 
 @call_parse
 def demo(

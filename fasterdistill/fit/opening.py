@@ -182,7 +182,8 @@ def check_tokens(batch):
     odd = [n for n,z in batch.fm_t.items() if isinstance(z, torch.Tensor) and z.ndim==3]
     if odd:
         raise ValueError(f'{odd[0]!r} of the teacher returns tokens of pictures of {seen[2]}×{seen[3]}, while the '
-                         f'student sees {own[2]}×{own[3]}: rows and columns cannot be told; give both the same proportions')
+                         f'student sees {own[2]}×{own[3]}: rows and columns cannot be told; '
+                         'give both the same proportions')
 
 def check_widths(term, sides):
     "`ValueError` where a layer has other channels than at the start of the fit, as pruning leaves them"
