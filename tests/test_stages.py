@@ -85,3 +85,13 @@ def test_a_stage_is_a_tuple(shape):
 def test_no_stage():
     assert describe((2,)) is None and describe((2,3,4,5,6)) is None and not is_grid(None)
     with pytest.raises(ValueError, match='cannot be pooled'): pooled(torch.zeros(2,3,4,5,6))
+
+def test_tokens_of_other_sizes_keep_the_proportions():
+    "Progressive resizing: after an example of 8×8, 4×4 and 16×16 are what they are, not 2×8 and 32×8"
+    st = describe((2,64,6), torch.zeros(2,3,64,64))
+    for n in (4,8,16):
+        z = torch.arange(n*n).float().reshape(1,n*n,1).expand(2,-1,6)
+        assert to_map(z, st).shape==(2,6,n,n)
+    oblong = describe((2,24,6), torch.zeros(2,3,64,96))
+    assert oblong.size==(4,6) and to_map(torch.zeros(2,96,6), oblong).shape==(2,6,8,12)
+    assert to_map(torch.zeros(2,30,6), oblong).shape==(2,6,5,6)          # no proportions fit, its columns do

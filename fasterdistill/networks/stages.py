@@ -97,12 +97,13 @@ def describe(
 
 # %% ../../nbs/networks/01_stages.ipynb #c015
 def _rows_cols(L, size):
-    "Rows and columns of `L` tokens where an example had those of `size`: its columns, or else its proportions"
-    cols = size[1]
-    if L%cols==0: return L//cols,cols
+    "Rows and columns of `L` tokens where an example had those of `size`: its proportions, or else its columns"
+    rows,cols = size
+    if L==rows*cols: return size
     grid = _grid(L, size)
-    if grid is None or grid[2]: raise ValueError(f'{L} tokens are no grid in the proportions of {size[0]}×{cols}')
-    return grid[:2]
+    if grid is not None and not grid[2]: return grid[:2]
+    if L%cols==0: return L//cols,cols
+    raise ValueError(f'{L} tokens are no grid in the proportions of {rows}×{cols}')
 
 def to_map(
     z,          # An activation
