@@ -6,14 +6,21 @@
 __all__ = []
 
 # %% ../nbs/90_all.ipynb #c003
-from .callback import *
-from .checkpoint import *
-from .loss import *
-from .losses import *
-from .missing import *
-from .networks import *
-from .show import *
-from .task import *
-from .teachers import *
+from . import losses
+from .callback import KnowledgeDistillationCallback
+from .checkpoint import Checkpoint
+from .loss import DistillLoss,FeatureLoss,TaskLoss,after,as_loss,ramp,steps
+from .missing import MissingLabels
+from .networks.adapters import bridge,exit_head,local_to_global,regressor
+from .networks.names import find_layer,pair_layers
+from .networks.net import Net
+from .networks.stages import pooled,stages,to_map
+from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
+from .task import gather
+from .teachers import Called,Ensemble,Frozen,Teacher,as_teacher
 
+def _is_loss(o): return isinstance(o, type) and issubclass(o, DistillLoss)
+
+globals().update({n: getattr(losses, n) for n in losses.__all__ if _is_loss(getattr(losses, n))})
+del losses
 __all__ = [n for n in dir() if n[0]!='_']

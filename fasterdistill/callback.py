@@ -19,10 +19,11 @@ from .fit.opening import Opening
 from .fit.plan import Plan,a_batch,devices_kept
 from .fit.teaching import Quick,Teaching,around_fit
 from .fit.terms import Terms
-from .loss import as_loss,check_weight
+from .loss import as_loss
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
 from .task import task_kind
 from .teachers.teacher import as_teacher,task_criterion
+from .weight import check_weight
 
 # %% ../nbs/10_callback.ipynb #c007
 class KnowledgeDistillationCallback(Quick):

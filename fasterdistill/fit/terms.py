@@ -8,8 +8,9 @@ __all__ = ['stage_slice', 'keyed', 'layer_names', 'Term', 'Terms']
 # %% ../../nbs/fit/00_terms.ipynb #h002
 import re
 from fastcore.foundation import L
-from ..loss import TaskLoss,name_terms,weigher
+from ..loss import TaskLoss,name_terms
 from ..networks.names import match_stages
+from ..weight import weigher
 
 # %% ../../nbs/fit/00_terms.ipynb #t001
 _stages = re.compile(r'stages(?:\[(?P<one>-?\d+)\]|\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?')
