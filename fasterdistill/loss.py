@@ -10,7 +10,6 @@ __all__ = ['READS', 'DistillLoss', 'Function', 'as_loss', 'Weight', 'ramp', 'aft
 import inspect
 from copy import deepcopy
 from functools import lru_cache,partial,wraps
-import torch
 from fastcore.basics import camel2snake
 from fastcore.meta import PrePostInitMeta
 from torch import nn
