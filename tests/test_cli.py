@@ -7,12 +7,12 @@ import pytest
 
 script = '''
 import sys,time
-start = time.perf_counter()
+start = time.process_time()
 from fasterdistill.cli import demo
 try: code = demo()
 except SystemExit as e: code = e.code
 heavy = {'torch','fastai','numpy','pandas','matplotlib'} & set(sys.modules)
-print('code', code, 'heavy', sorted(heavy), 'seconds', time.perf_counter()-start)
+print('code', code, 'heavy', sorted(heavy), 'seconds', time.process_time()-start)
 '''
 
 @pytest.fixture
