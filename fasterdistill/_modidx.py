@@ -712,6 +712,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fasterdistill.task': { 'fasterdistill.task.Rows': ('task.html#rows', 'fasterdistill/task.py'),
                                     'fasterdistill.task.Rows.__init__': ('task.html#rows.__init__', 'fasterdistill/task.py'),
                                     'fasterdistill.task.Rows._check_dense': ('task.html#rows._check_dense', 'fasterdistill/task.py'),
+                                    'fasterdistill.task.Rows._check_number': ('task.html#rows._check_number', 'fasterdistill/task.py'),
+                                    'fasterdistill.task.Rows._labelled': ('task.html#rows._labelled', 'fasterdistill/task.py'),
                                     'fasterdistill.task.Rows.mean': ('task.html#rows.mean', 'fasterdistill/task.py'),
                                     'fasterdistill.task.Rows.shares': ('task.html#rows.shares', 'fasterdistill/task.py'),
                                     'fasterdistill.task.StandIn': ('task.html#standin', 'fasterdistill/task.py'),
