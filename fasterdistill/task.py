@@ -159,8 +159,7 @@ class Rows:
         self.who,self.target,self.mix,self.criterion,self.dense = who,y,mix,criterion,s.ndim>2
         if self.dense: s,t = (o.movedim(axis, -1).flatten(0,-2) for o in (s,t))
         self.pred,self.teacher_pred = s,t
-        labelled = self.dense and y is not None and not y.is_floating_point() and y.numel()==len(s)
-        self.counts = y.reshape(-1).long()!=ignored_label(criterion, -100) if labelled else None
+        self.counts = self._labelled() if self.dense and y is not None and not y.is_floating_point() else None
     def mean(self, values):
         "The mean of `values` `(N,)` over the rows that count, 0 where none does"
         if self.counts is None: return values.mean()
@@ -174,14 +173,22 @@ class Rows:
         other,lam = self.mix
         if getattr(lam, 'ndim', 0): lam = lam.reshape(-1,1)
         return lam*own + (1-lam)*label_shares(plain(other), self.pred, self.criterion)
+    def _labelled(self):
+        "Which rows have a label; None where labels are of something else, and the loss function names none to ignore"
+        ignored,y = ignored_label(self.criterion),self.target
+        if ignored is None and y.numel()!=len(self.pred): return None
+        self._check_number(y)
+        return y.reshape(-1).long()!=(-100 if ignored is None else ignored)
+    def _check_number(self, y):
+        if y.numel()==len(self.pred): return
+        raise ValueError(f'{self.who}: labels of shape {tuple(y.shape)} for {len(self.pred)} pixels or positions')
     def _check_dense(self):
         "`ValueError` unless there is an integer label for each pixel or position"
         y,mixed = self.target,self.mix is not None
         if mixed or y.is_floating_point():
             raise ValueError(f'{self.who} reads an integer label for each pixel or position, without MixUp and CutMix; '
                              f'here are labels of shape {tuple(y.shape)}, {"mixed" if mixed else "not integers"}')
-        if y.numel()!=len(self.pred):
-            raise ValueError(f'{self.who}: labels of shape {tuple(y.shape)} for {len(self.pred)} pixels or positions')
+        self._check_number(y)
 
 # %% ../nbs/01_task.ipynb #c121
 def _processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

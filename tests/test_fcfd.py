@@ -240,6 +240,23 @@ def test_says_why_a_network_cannot_be_cut():
     with pytest.raises(ValueError, match='needs two pairs'): learner(net(), cbs=KD(net(), TaskLoss()+FCFD().at('layer3'))).fit(1)
     with pytest.raises(ValueError, match="expected one of 'both'"): FCFD(direction='up')
 
+s1,s2,t1,t2 = [(who,layer) for who in ('student','teacher') for layer in ('layer1','layer2')]
+@pytest.mark.parametrize('bad,named', [
+    ({},None), ({t1,t2},"teacher at 'layer1'"), ({t2},"teacher at 'layer2'"), ({s1,s2,t2},"teacher at 'layer2'"),
+    ({s1,s2},"student at 'layer1'")])
+def test_cuts_are_tried_deepest_first(pair, bad, named, monkeypatch):
+    "And the one that is named is the first in the order of the switches"
+    asked = {'student':[],'teacher':[]}
+    def why_not(net, layer):
+        asked[net.who].append(layer)
+        return f'{net.who} at {layer!r}' if (net.who,layer) in bad else None
+    monkeypatch.setattr(Net, 'why_not', why_not)
+    if named is None: _built(FCFD(), *pair, torch.randn(4,1,8,8))
+    else:
+        with pytest.raises(ValueError, match=f"^{named}; name other stages.*direction='{'t2s' if 'teacher' in named else 's2t'}'"):
+            _built(FCFD(), *pair, torch.randn(4,1,8,8))
+    assert asked=={'student':['layer2','layer1'],'teacher':['layer2','layer1']}
+
 def test_tokens_of_oblong_pictures():
     "ViT to ViT on 64×32 pictures: 4×2 patches, which no square grid fits"
     t,s = (timm.create_model('vit_tiny_patch16_224', num_classes=10, img_size=(64,32), depth=4, embed_dim=d, num_heads=3) for d in (48,24))

@@ -145,6 +145,46 @@ def test_floor():
         call(loss, *features(dtype=torch.float32)).backward()
         assert loss.log_tau.grad.isfinite()
 
+@pytest.mark.parametrize('tau', [.07,.005])
+def test_reading_the_temperature_changes_nothing(tau):
+    "Nor does computing the loss; below the floor it is the floor that is read, used and shown"
+    loss,floor = InfoNCE(tau, learn_tau=True),min(.01, tau)
+    for log_tau in (-20.,np.log(floor)-1e-3,np.log(floor)+1e-3,-1.):
+        with torch.no_grad(): loss.log_tau.fill_(log_tau)
+        was,version = loss.log_tau.item(),loss.log_tau._version
+        shown = max(np.exp(was), floor)
+        for _ in range(2): assert abs(loss.temperature-shown)<1e-6*shown
+        v = call(loss, *features())
+        assert (loss.log_tau.item(),loss.log_tau._version)==(was,version)
+        assert abs(v-by_loops(*features(), shown))<1e-5*v and abs(loss.take_logged()['infonce_tau']-shown)<1e-6*shown
+
+def misled(t): return torch.cat([t[:len(t)//2], t[len(t)//2:].flip(0)])       # half of the items are taken for another
+
+def test_gradient_at_the_floor():
+    "Down it ends there; up it is that of the floor itself"
+    (_,t),loss = features(),InfoNCE(learn_tau=True)
+    def slope(s, log_tau):
+        with torch.no_grad(): loss.log_tau.fill_(log_tau)
+        return torch.autograd.grad(call(loss, s, t), loss.log_tau)[0].item()
+    assert slope(t, np.log(.011))>0 and slope(t, np.log(.009))==slope(t, -20.)==0
+    up = slope(misled(t), np.log(.01)+1e-6)
+    assert up<0 and slope(misled(t), -20.)==pytest.approx(up, rel=1e-4)
+
+@pytest.mark.parametrize('opt', [partial(torch.optim.SGD, lr=.05, momentum=.9),partial(torch.optim.Adam, lr=.1)],
+                         ids=['sgd','adam'])
+def test_to_the_floor_and_back(opt):
+    "While being surer is better, and when it is not any more; a step past the floor is soon made up for"
+    t = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    loss,taus = InfoNCE(learn_tau=True),[]
+    opt = opt([loss.log_tau])
+    for s in [t]*150+[misled(t)]*50:
+        opt.zero_grad()
+        call(loss, s, t).backward()
+        nn.utils.clip_grad_norm_(loss.parameters(), 1.)
+        opt.step()
+        taus.append(loss.temperature.item())
+    assert min(taus)==pytest.approx(.01) and taus[149]==pytest.approx(.01) and taus[-1]>.1
+
 def test_tau_learns_in_a_fit():
     "From `tau` on, as a column: the mean over the epoch's batches"
     taus,nce = [],InfoNCE(tau=.2, learn_tau=True)

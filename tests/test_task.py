@@ -40,7 +40,8 @@ def test_stand_in_hands_no_special_method_on():
 
 @pytest.mark.parametrize('base,kind,axis,ignored', [
     (nn.CrossEntropyLoss(ignore_index=9), 'single', 1, 9), (CrossEntropyLossFlat(axis=-1), 'single', 2, -100),
-    (nn.BCEWithLogitsLoss(), 'multi', 2, None), (BCEWithLogitsLossFlat(), 'multi', 2, None), (nn.MSELoss(), 'regression', 2, None),
+    (nn.BCEWithLogitsLoss(), 'multi', 2, None), (BCEWithLogitsLossFlat(), 'multi', 2, None),
+    (nn.MSELoss(), 'regression', 2, None),
     (MSELossFlat(), 'regression', 2, None), (partial(F.cross_entropy, label_smoothing=.1), 'single', 1, None)], ids=str)
 def test_what_stands_behind_is_found(base, kind, axis, ignored):
     "Behind one stand-in, and behind two"
@@ -57,8 +58,10 @@ eye = torch.eye(4)
 @pytest.mark.parametrize('y,criterion,want', [
     (torch.tensor([0,3,2]), None, [0,3,2]), (torch.tensor([[0],[3],[2]], dtype=torch.int8), None, [0,3,2]),
     (torch.tensor([0,-100,2]), None, [0,-1,2]), (torch.tensor([0,-1,2]), ce255, [0,-1,2]),
-    (torch.tensor([0,255,2], dtype=torch.uint8), ce255, [0,-1,2]), (torch.tensor([0,-100,255]), ce255, [0,-1,-1]),
-    (eye[[0,3,2]], None, [0,3,2]), (torch.stack([eye[0],eye[0]*nan,.6*eye[2]+.4*eye[1]]).half(), None, [0,-1,2])], ids=str)
+    (torch.tensor([0,255,2], dtype=torch.uint8), ce255, [0,-1,2]),
+    (torch.tensor([0,-100,255]), ce255, [0,-1,-1]),
+    (eye[[0,3,2]], None, [0,3,2]),
+    (torch.stack([eye[0],eye[0]*nan,.6*eye[2]+.4*eye[1]]).half(), None, [0,-1,2])], ids=str)
 def test_labels_of_all_kinds(y, criterion, want):
     "As classes, as shares, and as what has a class in common"
     classes = item_classes(y, criterion)
@@ -91,6 +94,8 @@ def test_labels_that_are_not_one_a_row():
     rows = Rows('a loss', z, z, torch.tensor([0,1]))
     assert rows.counts is None and rows.pred.shape==(32,3)
     with pytest.raises(ValueError, match=r'a loss: labels of shape \(2,\) for 32 pixels'): rows.shares
+    with pytest.raises(ValueError, match=r'a loss: labels of shape \(2,\) for 32 pixels'):
+        Rows('a loss', z, z, torch.tensor([0,1]), criterion=nn.CrossEntropyLoss())      # which wants a label a pixel
     assert Rows('a loss', z, z).counts is None
 
 def test_rows_are_of_plain_tensors():

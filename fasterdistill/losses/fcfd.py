@@ -9,16 +9,18 @@ __all__ = ['FCFD']
 import torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
+from ..loss import DistillLoss
+from .logits import BinarySoftTarget,Logits,SoftTarget
 from ..networks.adapters import bridge
 from ..networks.stages import describe,to_map
-from ..loss import DistillLoss
-from ..task import task_kind
-from .logits import BinarySoftTarget,Logits,SoftTarget
+from ..task import check_choice,task_kind
 
 # %% ../../nbs/losses/29_fcfd.ipynb #c008
 class FCFD(DistillLoss):
-    """Function-consistent features: what the rest of the teacher makes of the student's maps, and the rest of the student of the teacher's, must be what the teacher says.
-    Reads paired stages, both predictions and both networks, to a scalar (the student's own loss on the labels is not in it). `ValueError` where a network cannot be cut at a stage. Liu et al., ICLR 2023."""
+    """Function-consistent features: what the rest of the teacher makes of the student's maps, and the rest of the
+    student of the teacher's, must be what the teacher says. Reads paired stages, both predictions and both networks,
+    to a scalar (the student's own loss on the labels is not in it).
+    `ValueError` where a network cannot be cut at a stage. Liu et al., ICLR 2023."""
     layers,logs = 'stages',('fcfd_maps','fcfd_paths')
     def __init__(self,
         T:float=4.,            # Temperature
@@ -27,67 +29,88 @@ class FCFD(DistillLoss):
         paths:int=2,           # Mixed paths a step, drawn without replacement
         direction:str='both',  # Of the switches: 'both', 's2t' (student, then teacher), 't2s' or 'none'
         warmup:int=20,         # Epochs over which `weight` grows
-        teacher_bn:str='eval', # 'batch': the teacher's own pass normalises by the batch too, as the authors' code does (costs a pass)
+        teacher_bn:str='eval', # 'batch': the teacher's own pass goes by the batch too, as the authors' (costs a pass)
         adapter=bridge,        # `f(a, b)` that makes the bridge from a network's activation to the other's
         seed:int=0,            # Of the draws
     ):
-        for n,v,ok in (('direction',direction,('both','s2t','t2s','none')),('teacher_bn',teacher_bn,('eval','batch'))):
-            if v not in ok: raise ValueError(f'FCFD({n}={v!r}): expected one of {", ".join(map(repr, ok))}')
+        check_choice('FCFD', 'direction', direction, ('both','s2t','t2s','none'))
+        check_choice('FCFD', 'teacher_bn', teacher_bn, ('eval','batch'))
         store_attr()
-        self.kd,self.draws = SoftTarget(T),torch.Generator().manual_seed(seed)
-
+        self.kd,self.draws,self.candidates = SoftTarget(T),torch.Generator().manual_seed(seed),[]
+        self.s2t,self.t2s = nn.ModuleList(),nn.ModuleList()
     def build(self, fm_s, fm_t, student, teacher, xb=None):
-        ks,kt = list(fm_s),list(fm_t)
-        if len(ks)<2 and self.direction!='none': raise ValueError(f'{self!r} switches networks between stages and needs two pairs of them; here is {len(ks)}. Name more with .at(student, teacher), or use FitNet')
-        both = list(zip(ks, kt, strict=True))
-        self.candidates = [(d,i) for d in ('s2t','t2s') if self.direction in (d,'both') for i in range(len(ks)-1)]
-        for d,i in self.candidates:
-            net,k = (teacher,kt[i]) if d=='s2t' else (student,ks[i])
-            if (why := net.why_not(k)): raise ValueError(f'{why}; name other stages with .at(student, teacher), or leave this direction out with FCFD(direction={"t2s" if d=="s2t" else "s2t"!r})')
-        self.s2t = nn.ModuleList([self.adapter(fm_s[s], fm_t[t], xb=xb) for s,t in both])
-        self.t2s = nn.ModuleList([self.adapter(fm_t[t], fm_s[s], xb=xb) for s,t in both[:-1]] if self.direction in ('both','t2s') else [])
-
+        pairs = list(zip(fm_s.values(), fm_t.values(), strict=True))
+        ways = [d for d in ('s2t','t2s') if self.direction in (d,'both')]
+        self.candidates = [(d,i) for d in ways for i in range(len(pairs)-1)]
+        if ways: _check_switches(self, list(fm_s), list(fm_t), student, teacher)
+        self.s2t.extend(self.adapter(s, t, xb=xb) for s,t in pairs)
+        if 't2s' in ways: self.t2s.extend(self.adapter(t, s, xb=xb) for s,t in pairs[:-1])
     def draw(self):
         "The mixed paths of this step: directions and switching stages"
         order = torch.randperm(len(self.candidates), generator=self.draws)[:self.paths]
         return [self.candidates[i] for i in order.tolist()]
-
     def forward(self, fm_s, fm_t, pred, teacher_pred, student, teacher, epoch, xb, target=None, criterion=None):
         if self.teacher_bn=='batch':
             with torch.no_grad(): teacher_pred,fm = teacher(*xb, bn='batch')
             fm_t = dict(zip(fm_t, fm.values(), strict=True))
-        ks,kt = list(fm_s),list(fm_t)
         bridged = [b(s) for b,s in zip(self.s2t, fm_s.values(), strict=True)]
-        mixed,preds = [{} for _ in ks],[]
-        for d,i in self.draw():
-            if d=='s2t':
-                view = teacher.resume(kt[i], bridged[i])
-                for j,k in enumerate(kt):
-                    if j>i: mixed[j][i] = view.fm[k]
-            else: view = student.resume(ks[i], self.t2s[i](fm_t[kt[i]]))
-            preds.append(view.pred)
-        return self.loss(list(fm_t.values()), bridged, [list(m.values()) for m in mixed], pred, teacher_pred, preds, epoch, target, criterion, xb)
+        mixed,preds = _mixed(self, list(fm_s), fm_t, bridged, student, teacher)
+        return self.loss(list(fm_t.values()), bridged, mixed, pred, teacher_pred, preds, epoch, target, criterion, xb)
 
     def stage_losses(self, fm_t, bridged, mixed, xb=None):
-        "The squared distances to the teacher's maps of the bridged map and those of mixed paths, a number a stage; at the last one the pooled positive parts too"
-        res = []
-        for k,(t,b,m) in enumerate(zip(fm_t, bridged, mixed, strict=True)):
-            pool = lambda z: z.relu().mean(1) if z.ndim==3 and len(describe(z, xb).size)==1 else to_map(z, x=xb).relu().mean((2,3))
-            res.append(sum(F.mse_loss(z, t) + (F.mse_loss(pool(z), pool(t)) if k==len(fm_t)-1 else 0) for z in [b,*m]))
-        return torch.stack(res)
-
+        "Squared distances to the teacher's maps, of bridged maps and of those of mixed paths: a number a stage"
+        stages = list(zip(fm_t, bridged, mixed, strict=True))
+        res = [sum(F.mse_loss(z, t) for z in (b,*m)) for t,b,m in stages[:-1]]
+        t,b,m = stages[-1]
+        return torch.stack([*res,sum(_last_distance(z, t, xb) for z in (b,*m))])
     def compare(self, pred, teacher_pred, target=None, criterion=None):
-        "How far a prediction is from the teacher's: as `SoftTarget` has it; for yes-or-no outputs as `BinarySoftTarget`, for a regression as `Logits`"
+        "How far a prediction is from the teacher's, in the way that suits the Learner's loss function"
         kind = task_kind(criterion)
         if kind=='regression': return Logits()(pred=pred, teacher_pred=teacher_pred)
         if kind=='multi': return BinarySoftTarget(self.T)(pred=pred, teacher_pred=teacher_pred)
         return self.kd(pred=pred, teacher_pred=teacher_pred, target=target, criterion=criterion)
-
-    def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, epoch=0., target=None, criterion=None, xb=None):
-        "The loss on plain tensors: lists over stages of the teacher's maps, of bridged maps and of lists of mixed maps, the predictions of student, teacher and mixed paths; `xb`, the inputs, tell the grid of tokens on oblong pictures"
+    def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds,
+             epoch=0., target=None, criterion=None, xb=None):
+        "On plain tensors: of each stage the teacher's map, the bridged one, a list of mixed ones; then the predictions"
         warm = min((int(epoch)+1)/self.warmup, 1.) if self.warmup else 1.
-        kl = lambda z: self.compare(z, teacher_pred, target, criterion)
-        maps,paths = self.stage_losses(fm_t, bridged, mixed, xb).sum(),[kl(z) for z in mixed_preds]
-        self.log('fcfd_maps', maps)                                      # as they are, without `weight`, warm-up and `mix`
+        maps = self.stage_losses(fm_t, bridged, mixed, xb).sum()
+        own,*paths = [self.compare(z, teacher_pred, target, criterion) for z in (pred,*mixed_preds)]
+        self.log('fcfd_maps', maps)                               # as they are, without `weight`, warm-up and `mix`
         if paths: self.log('fcfd_paths', torch.stack(paths).mean())
-        return self.weight*warm*maps + kl(pred) + self.mix*sum(paths)
+        return self.weight*warm*maps + own + self.mix*sum(paths)
+
+# %% ../../nbs/losses/29_fcfd.ipynb #c008a
+def _mixed(loss, ks, fm_t, bridged, student, teacher):
+    "What the paths drawn for this step pass and say: for each stage a list of maps, and the predictions"
+    kt = list(fm_t)
+    mixed,preds = [[] for _ in kt],[]
+    for direction,i in loss.draw():
+        if direction=='t2s': view = student.resume(ks[i], loss.t2s[i](fm_t[kt[i]]))
+        else:
+            view = teacher.resume(kt[i], bridged[i])
+            for maps,k in zip(mixed[i+1:], kt[i+1:], strict=True): maps.append(view.fm[k])
+        preds.append(view.pred)
+    return mixed,preds
+
+def _last_distance(z, t, xb):
+    "The squared distance of two maps, and of how strong their channels are"
+    return F.mse_loss(z, t) + F.mse_loss(_strong(z, xb), _strong(t, xb))
+
+def _strong(z, xb):
+    "How strong each channel of a map is, `(B,C)`: the mean of its positive part"
+    sequence = z.ndim==3 and len(describe(z, xb).size)==1
+    return z.relu().mean(1) if sequence else to_map(z, x=xb).relu().mean((2,3))
+
+# %% ../../nbs/losses/29_fcfd.ipynb #c008b
+def _check_switches(loss, ks, kt, student, teacher):
+    "`ValueError` where there is nothing to switch at, or a network that is resumed cannot be cut"
+    if len(ks)<2:
+        raise ValueError(f'{loss!r} switches networks between stages and needs two pairs of them; here is {len(ks)}. '
+                         'Name more with .at(student, teacher), or use FitNet')
+    def why_not(direction, i): return teacher.why_not(kt[i]) if direction=='s2t' else student.why_not(ks[i])
+    reasons = {candidate: why_not(*candidate) for candidate in reversed(loss.candidates)}
+    failing = [candidate for candidate in loss.candidates if reasons[candidate]]
+    if not failing: return
+    other = 't2s' if failing[0][0]=='s2t' else 's2t'
+    raise ValueError(f'{reasons[failing[0]]}; name other stages with .at(student, teacher), '
+                     f'or leave this direction out with FCFD(direction={other!r})')

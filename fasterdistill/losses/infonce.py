@@ -6,83 +6,104 @@
 __all__ = ['InfoNCE']
 
 # %% ../../nbs/losses/30_infonce.ipynb #c002
-import math,torch,torch.distributed as dist,torch.nn.functional as F
-from fastcore.basics import patch,store_attr
+import math,torch,torch.nn.functional as F
+from fastcore.basics import store_attr
 from torch import nn
+from torch.autograd.function import once_differentiable
+from ..loss import FeatureLoss
 from ..networks.record import plain
 from ..networks.stages import describe,pooled
-from ..loss import FeatureLoss
-from ..task import gather,ignored_label,task_kind
+from ..task import check_labels,first_row,gather,same_class
 
 # %% ../../nbs/losses/30_infonce.ipynb #c008
 class InfoNCE(FeatureLoss):
-    """Find the teacher's feature of the same item among the teacher's features of the batch: the mean over items `i` of `-log softmax_j(s_i·t_j/tau)` at `j=i`.
-    Pairs of activations of any layout, pooled to `(B,D)` and, where the widths differ, met by a linear layer, to a scalar, summed over the pairs. Batches of several processes are one.
+    """Find the teacher's feature of the same item among the teacher's features of the batch:
+    the mean over items `i` of `-log softmax_j(s_i·t_j/tau)` at `j=i`.
+    Pairs of activations of any layout, pooled to `(B,D)` and, where the widths differ, met by a linear layer,
+    to a scalar, summed over the pairs. Batches of several processes are one.
     `ValueError` for a batch of one item by hand; in a fit such a batch goes without. Van den Oord et al., 2018."""
     layers,min_items,pools = 'last',2,True
     def __init__(self,
         tau:float=.07,               # Temperature
         normalize:bool=True,         # Compare directions (cosine); False: raw products, as the formula is often printed
         symmetric:bool=False,        # The mean of this and of finding the student's feature among the student's
-        mask_same_class:bool=False,  # Leave other items of the item's own class out of the wrong answers; reads the labels
-        learn_tau:bool=False,        # Learn the temperature, from `tau` on and not below .01 (or below a smaller `tau`), as a column `infonce_tau` shows it
+        mask_same_class:bool=False,  # Other items of the item's own class are no wrong answers; reads the labels
+        learn_tau:bool=False,        # Learn the temperature, from `tau` on, not below .01 (or a smaller `tau`)
     ):
-        if not isinstance(tau, (int,float)) or not 0<tau<math.inf: raise ValueError(f'InfoNCE(tau={tau!r}): a temperature is a positive number')
+        if not isinstance(tau, (int,float)) or not 0<tau<math.inf:
+            raise ValueError(f'InfoNCE(tau={tau!r}): a temperature is a positive number')
         store_attr()
+        self.pairs,self.project = [],nn.ModuleList()
         if learn_tau: self.log_tau,self.logs = nn.Parameter(torch.tensor(math.log(tau))),('infonce_tau',)
     def build(self, fm_s, fm_t, xb=None):
-        self.both = [(_stage(s, xb),_stage(t, xb)) for s,t in zip(fm_s.values(), fm_t.values(), strict=True)]
-        self.project = nn.ModuleList([nn.Identity() if a.channels==b.channels else nn.Linear(a.channels, b.channels).to(s.device) for (a,b),s in zip(self.both, fm_s.values(), strict=True)])
+        self.pairs = [(_stage(s, xb),_stage(t, xb)) for s,t in zip(fm_s.values(), fm_t.values(), strict=True)]
+        for (a,b),s in zip(self.pairs, fm_s.values(), strict=True):
+            meets = nn.Identity() if a.channels==b.channels else nn.Linear(a.channels, b.channels)
+            self.project.append(meets.to(s.device))
     @property
-    def reads(self): return {n: need or n=='target' for n,need in super().reads.items() if self.mask_same_class or n not in ('target','mix','criterion')}
+    def reads(self):
+        every = super().reads
+        if self.mask_same_class: return every | dict(target=True)
+        return {name: needed for name,needed in every.items() if name not in ('target','mix','criterion')}
     def pair(self, s, t, i, target=None, mix=None, criterion=None, xb=None):
-        a,b = self.both[i] if self.built else (_stage(s, xb),_stage(t, xb))
-        s,t = pooled(plain(s), a),pooled(plain(t), b)
-        return self.loss(self.project[i](s) if self.built else s, t, target, mix, criterion)
+        student,teacher = self.pairs[i] if self.built else (_stage(s, xb),_stage(t, xb))
+        s,t = pooled(plain(s), student),pooled(plain(t), teacher)
+        if self.built: s = self.project[i](s)
+        return self.loss(s, t, target, mix, criterion)
+
+    @property
+    def temperature(self):
+        "The temperature in use"
+        if not self.learn_tau: return self.tau
+        return _Floor.apply(self.log_tau, math.log(min(.01, self.tau))).exp()
+    def loss(self, s, t, target=None, mix=None, criterion=None):
+        "On features `(B,D)` of student and teacher"
+        if s.shape!=t.shape:
+            raise ValueError(f'InfoNCE compares features of one width, here {tuple(s.shape)} and {tuple(t.shape)}; '
+                             'in a Learner, or after build(fm_s=…, fm_t=…), a linear layer meets them')
+        if len(s)<2: raise ValueError('InfoNCE finds an item among others: it needs a batch of at least 2')
+        if self.normalize: s,t = F.normalize(s),F.normalize(t)
+        alike = _alike(target, mix, criterion) if self.mask_same_class else None
+        tau = self.temperature
+        if self.learn_tau: self.log('infonce_tau', tau)
+        there = _find(s, t, tau, alike)
+        return (there+_find(t, s, tau, alike))/2 if self.symmetric else there
 
 # %% ../../nbs/losses/30_infonce.ipynb #c010
+def _find(
+    a,          # Features `(B,D)`, each to be found
+    b,          # Features `(B,D)`, among those of all processes
+    tau,        # Temperature
+    alike=None, # Which of all are no wrong answers though they are not the right one, `(B,n*B)`
+):
+    "Cross-entropy of finding each row of `a` in its own place among the rows of `b`"
+    likeness = a@gather(b).T/tau
+    own = torch.arange(len(a), device=a.device)+first_row(a)
+    if alike is not None:
+        others = own[:,None]!=torch.arange(likeness.shape[1], device=a.device)
+        likeness = likeness.masked_fill(alike & others, -torch.inf)
+    return F.cross_entropy(likeness, own)
+
+def _alike(target, mix, criterion):
+    "`same_class`, in the words of this loss where labels are something else"
+    for y in (target,*(mix or ())[:1]): check_labels('InfoNCE(mask_same_class=True)', y, criterion)
+    return same_class(target, mix, criterion)
+
 def _stage(z, xb):
     "What kind of activation `z` is; `ValueError` for one that cannot be pooled"
-    if (st := describe(z, xb) if isinstance(z, torch.Tensor) else None): return st
-    raise ValueError(f'InfoNCE pools maps (B,C,H,W), tokens (B,N,C) or vectors (B,C); this activation is {tuple(z.shape) if isinstance(z, torch.Tensor) else "a "+type(z).__name__}')
+    stage = describe(z, xb) if isinstance(z, torch.Tensor) else None
+    if stage: return stage
+    what = tuple(z.shape) if isinstance(z, torch.Tensor) else f'a {type(z).__name__}'
+    raise ValueError(f'InfoNCE pools maps (B,C,H,W), tokens (B,N,C) or vectors (B,C); this activation is {what}')
 
-@patch(as_prop=True)
-def temperature(self:InfoNCE):
-    "The temperature now"
-    if not self.learn_tau: return self.tau
-    with torch.no_grad(): self.log_tau.clamp_(min=math.log(min(.01, self.tau)))
-    return self.log_tau.exp()
-
-# %% ../../nbs/losses/30_infonce.ipynb #c012
-@patch
-def loss(self:InfoNCE, s, t, target=None, mix=None, criterion=None):
-    "On features `(B,D)` of student and teacher"
-    if s.shape!=t.shape: raise ValueError(f'InfoNCE compares features of one width, here {tuple(s.shape)} and {tuple(t.shape)}; in a Learner, or after build(fm_s=…, fm_t=…), a linear layer meets them')
-    if len(s)<2: raise ValueError('InfoNCE finds an item among others: it needs a batch of at least 2')
-    if self.normalize: s,t = F.normalize(s),F.normalize(t)
-    tau,out = self.temperature,_same_class(target, mix, criterion) if self.mask_same_class else None
-    if self.learn_tau: self.log('infonce_tau', tau)
-    def find(a, b):
-        x = a@gather(b).T/tau
-        first = dist.get_rank()*len(a) if x.shape[1]>len(a) else 0           # where the items of this process are among all
-        own = torch.arange(len(a), device=a.device)+first
-        if out is not None: x = x.masked_fill(out & (own[:,None]!=torch.arange(x.shape[1], device=a.device)), -torch.inf)
-        return F.cross_entropy(x, own)
-    return (find(s, t)+find(t, s))/2 if self.symmetric else find(s, t)
-
-# %% ../../nbs/losses/30_infonce.ipynb #c030
-def _one_class(y, criterion=None):
-    "The class of each item `(B,)`, -1 for one without a label; of soft labels the largest share. `ValueError` unless there is one class an item"
-    if y is None: raise ValueError('InfoNCE(mask_same_class=True) reads the labels: give it target=…')
-    y,soft,skip,kind = plain(y),y.is_floating_point(),ignored_label(criterion),task_kind(criterion)
-    if not soft and y.shape[1:]==(1,): y = y[:,0]
-    none = y.isnan().any(1) if soft and y.ndim==2 else y==(-100 if skip is None else skip)
-    one = soft and y.ndim==2 and y.shape[1]>1 and bool(((y.sum(1)-1).abs()<.01)[~none].all()) or not soft and y.ndim==1
-    if not one or kind in ('multi','regression'):
-        raise ValueError(f'InfoNCE(mask_same_class=True) needs one class an item; here are labels of shape {tuple(y.shape)} ({y.dtype})' + f' for a loss function of {dict(multi="yes-or-no outputs").get(kind, kind)}'*(kind in ('multi','regression')))
-    return (y.argmax(1) if soft else y.long()).masked_fill(none, -1)
-
-def _same_class(y, mix=None, criterion=None):
-    "Which of all processes' items have the class of which item here, `(B,n*B)`; of blended items any of both classes; an item without a label is like no other"
-    ys = torch.stack([_one_class(o, criterion) for o in (y,*(mix or ())[:1])], 1)
-    return ((ys[:,None,:,None]==gather(ys)[None,:,None,:]) & (ys>=0)[:,None,:,None]).flatten(2).any(2)
+class _Floor(torch.autograd.Function):
+    "`x`, or `low` where `x` is below: there a gradient counts that lifts `x`, and none that would take it further down"
+    @staticmethod
+    def forward(ctx, x, low):
+        ctx.save_for_backward(x<low)
+        return x.clamp(min=low)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        below, = ctx.saved_tensors
+        return torch.where(below, g.clamp(max=0), g),None
