@@ -3,7 +3,8 @@ import torch.nn.functional as F
 from torch import nn
 
 class Block(nn.Module):
-    "Two 3×3 convolutions and a shortcut; where the size changes the shortcut is strided and padded with zeros, without parameters"
+    """Two 3×3 convolutions and a shortcut; where the size changes the shortcut is strided and padded with zeros,
+    without parameters"""
     def __init__(self, ni, nf, stride=1):
         super().__init__()
         self.conv1,self.bn1 = nn.Conv2d(ni, nf, 3, stride, 1, bias=False),nn.BatchNorm2d(nf)
@@ -14,14 +15,17 @@ class Block(nn.Module):
         if self.pad: x = F.pad(x[:,:,::self.stride,::self.stride], (0,0,0,0,self.pad,self.pad))
         return F.relu(z+x)
 
+def stage(n, ni, nf, stride):
+    "`n` blocks, of which the first changes width and size"
+    return nn.Sequential(Block(ni, nf, stride), *[Block(nf, nf) for _ in range(n-1)])
+
 class CifarResNet(nn.Module):
     "`depth` is 6n+2: three stages of n blocks, 16, 32 and 64 channels wide"
     def __init__(self, depth, n_classes=100):
         super().__init__()
         n = (depth-2)//6
-        stage = lambda ni,nf,stride: nn.Sequential(*[Block(nf if i else ni, nf, 1 if i else stride) for i in range(n)])
         self.conv1,self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False),nn.BatchNorm2d(16)
-        self.layer1,self.layer2,self.layer3 = stage(16, 16, 1),stage(16, 32, 2),stage(32, 64, 2)
+        self.layer1,self.layer2,self.layer3 = stage(n, 16, 16, 1),stage(n, 16, 32, 2),stage(n, 32, 64, 2)
         self.fc = nn.Linear(64, n_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')

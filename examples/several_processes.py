@@ -4,7 +4,9 @@
     accelerate launch examples/several_processes.py                # on all GPUs there are
     python examples/several_processes.py                           # one process, for comparison
 """
-import os,sys
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from fastai.callback.progress import ProgressCallback
@@ -15,9 +17,10 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import num_distrib,rank_distrib,set_seed
-from fasterdistill.all import *
 from sklearn.datasets import load_digits
 from torch import nn
+
+from fasterdistill.all import *
 
 gpu = torch.cuda.is_available()
 bs = 64//max(num_distrib(), 1)     # of each process: all together see 64 items at a time
@@ -35,10 +38,13 @@ def data():
     "The 8×8 digits that scikit-learn carries: 1000 to train with, 797 to test on"
     d = load_digits()
     items = list(zip(torch.tensor(d.images/16, dtype=torch.float32)[:,None], torch.tensor(d.target)))
-    return DataLoaders(DataLoader(items[:1000], bs=bs, shuffle=True), DataLoader(items[1000:], bs=256), device=torch.device('cuda' if gpu else 'cpu'))
+    train,valid = DataLoader(items[:1000], bs=bs, shuffle=True),DataLoader(items[1000:], bs=256)
+    return DataLoaders(train, valid, device=torch.device('cuda' if gpu else 'cpu'))
 
 def block(i, o, stride=1): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
-def net(w): return nn.Sequential(block(1, w), block(w, 2*w, 2), block(2*w, 4*w, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*w, 10))
+def net(w):
+    blocks = block(1, w),block(w, 2*w, 2),block(2*w, 4*w, 2)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*w, 10))
 
 def train(model, epochs, cbs=None):
     "As in one process, but for the `with`; `(learner, accuracy)`"
@@ -52,7 +58,8 @@ def say(text):
 
 set_seed(0)
 learn,acc = train(net(16), 4)
-# The process of rank 0 writes, all read: without SyncBatchNorm the averages of BatchNorm are each process's own, and all should have one teacher
+# The process of rank 0 writes, all read: without SyncBatchNorm the averages of BatchNorm are each process's own,
+# and all should have one teacher
 learn.save('several_processes_teacher')
 teacher = learn.load('several_processes_teacher').model
 say(f'teacher  {acc:.1%} of the test images, trained in {max(num_distrib(), 1)} process(es)')
@@ -64,10 +71,13 @@ say(f'student  {acc:.1%}')
 
 # Student and adapter have the same weights everywhere, to the last bit
 weights = torch.cat([p.detach().flatten() for p in (*student.model.parameters(),*kd.loss.parameters())])[None]
-say(f'weights  {weights.shape[1]} in student and adapter, largest difference between processes {(gather(weights)-weights).abs().max():g}')
+apart = (gather(weights)-weights).abs().max()
+say(f'weights  {weights.shape[1]} in student and adapter, largest difference between processes {apart:g}')
 
 if dist.is_initialized():
     dist.destroy_process_group()
     if not gpu:
-        # on a busy machine Python's own way out has aborted a process now and then, when threads of gloo still wanted the interpreter
-        sys.stdout.flush(); os._exit(0)
+        # on a busy machine Python's own way out has aborted a process now and then,
+        # when threads of gloo still wanted the interpreter
+        sys.stdout.flush()
+        os._exit(0)

@@ -1,5 +1,7 @@
 "Write README.md, and its pictures, from the stored outputs of nbs/index.ipynb (nbdev-readme would need Quarto)"
-import os,re,sys
+import os
+import re
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,24 +19,33 @@ note = '<!-- Written by scripts/readme.py from {nb}: edit that, then `make readm
 def md_table(html):
     "The tables of `html` as Markdown, or None if it holds none"
     def row(cs): return '| ' + ' | '.join(cs) + ' |'
+    def text(c): return c.get_text(' ', strip=True).replace('|', r'\|')
     def one(t):
-        head,*rows = [[c.get_text(' ', strip=True).replace('|', r'\|') for c in r.find_all(['th','td'])] for r in t.find_all('tr')]
+        head,*rows = [[text(c) for c in r.find_all(['th','td'])] for r in t.find_all('tr')]
         return '\n'.join(map(row, [head, ['---']*len(head), *rows]))
     return '\n\n'.join(map(one, BeautifulSoup(html, 'html.parser').find_all('table'))) or None
+
+def as_markdown(o):
+    "The HTML of an output gives way to Markdown, where it has some or holds tables"
+    data = o.get('data', {})
+    table = md_table(''.join(data.get('text/html', '')))
+    if table: data.setdefault('text/markdown', table)
+    if 'text/markdown' in data: data.pop('text/html', None)
 
 def quarto(cell):
     "What Quarto would do for `include`, `echo` and `output`; tables become Markdown"
     if cell.cell_type!='code': return
     d = {k:v.lower() for k,v in cell.directives_.items()}
-    if d.get('include')=='false': del cell['source']; return
+    if d.get('include')=='false':
+        del cell['source']
+        return
     if d.get('echo')=='false' or not cell.source.strip(): cell.metadata['transient'] = dict(remove_source=True)
     if d.get('output')=='false': cell['outputs'] = []
     for o in cell.outputs:
         if o.output_type=='stream' and d.get('output')=='asis':
-            o.update(output_type='display_data', metadata={}, data={'text/markdown':o.pop('text')}); o.pop('name')
-        data = o.get('data', {})
-        if 'text/markdown' not in data and (t := md_table(''.join(data.get('text/html', '')))): data['text/markdown'] = t
-        if 'text/markdown' in data: data.pop('text/html', None)
+            o.update(output_type='display_data', metadata={}, data={'text/markdown':o.pop('text')})
+            o.pop('name')
+        as_markdown(o)
 
 def relink(md, folder):
     "Make `md`'s relative links, written in `folder`, right one level up; code is left alone"
@@ -47,13 +58,14 @@ def relink(md, folder):
     return ''.join(s if i%2 else text(s) for i,s in enumerate(parts))
 
 def convert(path, folder):
-    "README text, and `{name:bytes}` of the pictures, of the notebook at `path`, links relative to the parent of `folder`"
+    """README text, and `{name:bytes}` of the pictures, of the notebook at `path`,
+    links relative to the parent of `folder`"""
     procs = [hide_, hide_line, rm_export, rm_header_dash, clean_magics, strip_ansi, filter_stream_, quarto]
     nb = NBProcessor(path, procs, process=True).nb
     for c in nb.cells:
         if c.cell_type=='markdown': c.source = relink(c.source, folder)
-        for o in c.get('outputs', ()):
-            if 'text/markdown' in (data := o.get('data', {})): data['text/markdown'] = relink(''.join(data['text/markdown']), folder)
+        for data in (o.get('data', {}) for o in c.get('outputs', ())):
+            if 'text/markdown' in data: data['text/markdown'] = relink(''.join(data['text/markdown']), folder)
     nb = nbformat.reads(nb2str(nb), as_version=4)
     nb.metadata['language_info'] = dict(name='python') # nbdev-clean drops it
     md,res = MarkdownExporter().from_notebook_node(nb, dict(unique_key='readme', output_files_dir=f'{folder}/images'))
@@ -74,7 +86,10 @@ def main(
     stale = set((cfg.nbs_path/'images').glob('readme_*')) - files.keys()
     diff = [f for f,v in files.items() if not f.exists() or f.read_bytes()!=v]
     if check:
-        if diff or stale: sys.exit('Not what ' + f'{folder}/{cfg.readme_nb} gives, run make readme: ' + ' '.join(f.name for f in [*diff, *stale]))
+        names = ' '.join(f.name for f in [*diff,*stale])
+        if names: sys.exit(f'Not what {folder}/{cfg.readme_nb} gives, run make readme: {names}')
         return
-    for f in diff: f.parent.mkdir(parents=True, exist_ok=True); f.write_bytes(files[f])
+    for f in diff:
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_bytes(files[f])
     for f in stale: f.unlink()

@@ -1,14 +1,17 @@
 """The numbers of the losses: those of `vectors/` (the authors' codes), and formulas written again in numpy.
-A new loss adds its rows to `refs`, and its formula to `formulas` with the instances to try to `derived`: every test then runs on it."""
+A new loss adds its rows to `refs`, and its formula to `formulas` with the instances to try to `derived`: every test
+then runs on it."""
 import re
+from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,MSELossFlat
+from fastai.losses import (BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropy,
+                           MSELossFlat)
 from torch import nn
 
 from fasterdistill.loss import TaskLoss
@@ -18,7 +21,6 @@ from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.ofa import OFALogits
 
-torch.set_num_threads(1)
 folder = Path(__file__).parent/'vectors'
 dtypes = [torch.float64,torch.float32]
 value_tol,grad_tol = {torch.float64:1e-9, torch.float32:2e-5},{torch.float64:1e-6, torch.float32:1e-4}
@@ -27,26 +29,43 @@ value_tol,grad_tol = {torch.float64:1e-9, torch.float32:2e-5},{torch.float64:1e-
 
 student_side = 'pred','fm_s'
 
+def each_array(given, f):
+    "What is given, with `f(name, array)` in the place of each array, which may be in a dict"
+    def one(n, o): return f(n, o) if isinstance(o, np.ndarray) else o
+    return {n: {k: one(n, a) for k,a in o.items()} if isinstance(o, dict) else one(n, o) for n,o in given.items()}
+
 def tensors(given, dtype):
     "Arrays as tensors; those of the student require a gradient"
-    def one(o, grad): return torch.tensor(o, dtype=dtype).requires_grad_(grad) if o.dtype.kind=='f' else torch.tensor(o)
-    return {n: {k: one(a, n in student_side) for k,a in o.items()} if isinstance(o, dict) else one(o, n in student_side) if isinstance(o, np.ndarray) else o for n,o in given.items()}
+    def one(n, o):
+        if o.dtype.kind!='f': return torch.tensor(o)
+        return torch.tensor(o, dtype=dtype).requires_grad_(n in student_side)
+    return each_array(given, one)
 
-def leaves(given): return {(n,k): a for n in given if n in student_side for k,a in (given[n].items() if isinstance(given[n], dict) else [(None,given[n])])}
+def leaves(given):
+    "What the student has, by name and key"
+    res = {}
+    for n in student_side:
+        o = given.get(n)
+        if o is not None: res |= {(n,k): a for k,a in o.items()} if isinstance(o, dict) else {(n,None): o}
+    return res
+
+def set_parts(loss, given, dtype, par):
+    "The loss's learned parts are built, and have these weights"
+    loss.build(**{n: {k: z.detach() for k,z in given[n].items()} for n in ('fm_s','fm_t')})
+    loss.to(dtype)
+    with torch.no_grad():
+        for n,p in loss.named_parameters(): p.copy_(torch.from_numpy(par[n]))
 
 def call(loss, given, dtype, par=None):
     "Value, gradients of the student's inputs and of the learned parts; where `par` sets parts they are built first"
     g = tensors(given, dtype)
-    if par:
-        loss.build(**{n: {k: z.detach() for k,z in g[n].items()} for n in ('fm_s','fm_t')})
-        loss.to(dtype)
-        with torch.no_grad():
-            for n,p in loss.named_parameters(): p.copy_(torch.from_numpy(par[n]))
+    if par: set_parts(loss, g, dtype, par)
     v = loss(**g)
-    assert v.shape==() and v.dtype==dtype
-    ins,ps = leaves(g),dict(loss.named_parameters())
-    grads = torch.autograd.grad(v, [*ins.values(),*ps.values()])
-    return v.item(),dict(zip([*ins,*ps], [o.double().numpy() for o in grads]))
+    assert v.shape==()
+    assert v.dtype==dtype
+    wanted = leaves(g)|dict(loss.named_parameters())
+    grads = torch.autograd.grad(v, [*wanted.values()])
+    return v.item(),dict(zip(wanted, [o.double().numpy() for o in grads]))
 
 def close(got, want, tol): np.testing.assert_allclose(got, want, rtol=tol, atol=0)
 def close_grad(got, want, tol):
@@ -55,47 +74,86 @@ def close_grad(got, want, tol):
 
 # ---- vectors: which call gives which number ----
 
-class Ref(SimpleNamespace):
-    """Rows of a vector file: `make(v, i)` makes the loss of row `i`, `given(v)` its inputs, `out` names the values and `grads` says
-    where each gradient is, by input `('fm_s','a')`, `('pred',None)` or learned parameter, `par` where the learned parts are"""
+class Ref:
+    """Rows of a vector file: `make(v, i)` makes the loss of row `i`, `given(v)` its inputs, `out` names the values and
+    `grads` says where each gradient is, by input `('fm_s','a')`, `('pred',None)` or learned parameter, `par` where the
+    learned parts are"""
     def __init__(self, file, make, given, out, grads=None, case='', par=None, id=None):
-        super().__init__(file=file, make=make, given=given, out=out, grads=grads or {}, case=case, par=par or {}, id=id or file)
+        self.file,self.make,self.given,self.out,self.case = file,make,given,out,case
+        self.grads,self.par,self.id = grads or {},par or {},id or file
     @property
     def vectors(self):
-        with np.load(folder/f'{self.file}.npz') as d: return {k.removeprefix(self.case): d[k] for k in d if k.startswith(self.case)}
+        with np.load(folder/f'{self.file}.npz') as d:
+            return {k.removeprefix(self.case): d[k] for k in d if k.startswith(self.case)}
     def rows(self):
+        "Loss, what it is given, the value, the gradients and the learned parts"
         v = self.vectors
         many = v[self.out].ndim
+        par = {k: v[o] for k,o in self.par.items()}
         for i in range(len(v[self.out]) if many else 1):
-            at = lambda k: v[k][i] if many else v[k]
-            yield self.make(v, i),self.given(v),at(self.out),{k: at(o) for k,o in self.grads.items()},{k: v[o] for k,o in self.par.items()}
+            def at(k): return v[k][i] if many else v[k]
+            yield self.make(v, i),self.given(v),at(self.out),{k: at(o) for k,o in self.grads.items()},par
 
 def logits(v): return dict(pred=v['in_zs'], teacher_pred=v['in_zt'])
+def labelled(v): return dict(logits(v), target=v['in_y'])
+def with_task(v): return dict(logits(v), task_loss=cross_entropy(v))
+def segmentation(v): return dict(pred=v['in_logits_student'], teacher_pred=v['in_logits_selfteacher'])
 def maps(v): return dict(fm_s=dict(a=v['in_fs']), fm_t=dict(a=v['in_ft']))
 def swapped(v): return dict(fm_s=dict(a=v['in_ft']), fm_t=dict(a=v['in_fs']))
+def map_and_tokens(v): return dict(fm_s=dict(a=v['in_student_map']), fm_t=dict(a=v['in_teacher_tokens']))
+def pointwise(s, t): return nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
+def cross_entropy(v):
+    z = v['in_zs'].astype(float)
+    log_p = z-np.log(np.exp(z).sum(1, keepdims=True))
+    return np.array(-log_p[np.arange(8),v['in_y']].mean())
+
 def T(v, i): return float(v['par_T'][i])
-def cross_entropy(v): return np.array(-(v['in_zs'].astype(float)-np.log(np.exp(v['in_zs'].astype(float)).sum(1, keepdims=True)))[np.arange(8),v['in_y']].mean())
+def tau(v, i): return float(v['par_tau'][i])
+def gamma(v, i): return float(v['par_gamma'][i])
 
 ordinary,pred,fm = 'ordinary__',('pred',None),('fm_s','a')
+of_zs,of_fs = {pred:'grad_zs'},{fm:'grad_fs'}
+
+logit_refs = [
+    Ref('kd_soft_target', lambda v,i: SoftTarget(T=T(v,i)), logits, 'out_kl_T2', of_zs, ordinary),
+    Ref('kd_soft_target', lambda v,i: .1*TaskLoss()+.9*SoftTarget(T=T(v,i)), with_task, 'out_hinton_alpha09',
+        case=ordinary, id='kd_soft_target-sum'),
+    Ref('kd_soft_target', lambda v,i: .5*TaskLoss()+.5*SoftTarget(T=5), with_task, 'out_fasterai_lerp_w05_T5',
+        case=ordinary, id='kd_soft_target-fasterai'),
+    Ref('logit_standardization', lambda v,i: SoftTarget(T=T(v,i), standardize=True), logits, 'out_kl_T2', of_zs,
+        ordinary),
+    Ref('frskd_segmentation_kl', lambda v,i: SoftTarget(T=float(v['par_T'])), segmentation, 'out_kd_pixel_mean',
+        {pred:'grad_logits_student_kd'}),
+    Ref('logits_mse', lambda v,i: Logits(), logits, 'out_mse', of_zs, ordinary)]
+
+def attention_ref(map, p, form):
+    differentiated = form=='code' and (map,p) in (('sum',1),('sum',2),('max',2))
+    grads = {fm:f'grad_fs_{map}_p{p}_code'} if differentiated else {}
+    return Ref('at_activation', lambda v,i: Attention(p=p, map=map, form=form), maps, f'out_{map}_p{p}_{form}', grads,
+               'equal__', id=f'at_activation-{map}-p{p}-{form}')
+
+def ofa_ref(name, **kwargs):
+    return Ref('ofa', lambda v,i: OFALogits(gamma=gamma(v,i), **kwargs), labelled, f'out_{name}', {pred:f'grad_{name}'},
+               ordinary, id=f'ofa-{name}')
+
+def infonce_ref(name, given=maps, **kwargs):
+    grads = {fm:f'grad_fs_{name}'} if name.endswith('s2t') else {}
+    return Ref('infonce', lambda v,i: InfoNCE(tau=tau(v,i), **kwargs), given, f'out_{name}', grads, 'vectors__',
+               id=f'infonce-{name}')
+
 refs = [
-    Ref('kd_soft_target', lambda v,i: SoftTarget(T=T(v,i)), logits, 'out_kl_T2', {pred:'grad_zs'}, ordinary),
-    Ref('kd_soft_target', lambda v,i: .1*TaskLoss()+.9*SoftTarget(T=T(v,i)), lambda v: {**logits(v), 'task_loss':cross_entropy(v)}, 'out_hinton_alpha09', case=ordinary, id='kd_soft_target-sum'),
-    Ref('kd_soft_target', lambda v,i: .5*TaskLoss()+.5*SoftTarget(T=5), lambda v: {**logits(v), 'task_loss':cross_entropy(v)}, 'out_fasterai_lerp_w05_T5', case=ordinary, id='kd_soft_target-fasterai'),
-    Ref('logit_standardization', lambda v,i: SoftTarget(T=T(v,i), standardize=True), logits, 'out_kl_T2', {pred:'grad_zs'}, ordinary),
-    Ref('frskd_segmentation_kl', lambda v,i: SoftTarget(T=float(v['par_T'])), lambda v: dict(pred=v['in_logits_student'], teacher_pred=v['in_logits_selfteacher']), 'out_kd_pixel_mean', {pred:'grad_logits_student_kd'}),
-    Ref('logits_mse', lambda v,i: Logits(), logits, 'out_mse', {pred:'grad_zs'}, ordinary),
-    *[Ref('at_activation', lambda v,i,p=p,m=m,form=form: Attention(p=p, map=m, form=form), maps, f'out_{m}_p{p}_{form}',
-          {fm:f'grad_fs_{m}_p{p}_code'} if form=='code' and (m,p) in (('sum',1),('sum',2),('max',2)) else {}, 'equal__', id=f'at_activation-{m}-p{p}-{form}')
-      for m in ('sum','max') for p in (1,2,4) for form in ('code','paper')],
-    Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', {fm:'grad_fs'}, 'equal__', id='fitnet-equal'),
-    Ref('fitnet', lambda v,i: FitNet(adapter=lambda s,t: nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)), maps, 'out_mse_mean', {fm:'grad_fs', 'adapters.0.weight':'grad_conv1x1_weight'}, 'projector_1x1__',
+    *logit_refs,
+    *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
+    Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
+    Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
+        of_fs|{'adapters.0.weight':'grad_conv1x1_weight'}, 'projector_1x1__',
         {'adapters.0.weight':'par_conv1x1_weight'}, id='fitnet-projector'),
-    *[Ref('ofa', lambda v,i,k=k: OFALogits(gamma=float(v['par_gamma'][i]), **k), lambda v: {**logits(v), 'target':v['in_y']}, f'out_{n}', {pred:f'grad_{n}'}, ordinary, id=f'ofa-{n}')
-      for n,k in (('code_T1',{}), ('code_T4',dict(T=4)), ('paper',dict(form='paper')))],
-    *[Ref('infonce', lambda v,i,k=k: InfoNCE(tau=float(v['par_tau'][i]), **k), given, f'out_{n}', {fm:f'grad_fs_{n}'} if n.endswith('s2t') else {}, 'vectors__', id=f'infonce-{n}')
-      for n,k,given in (('cosine_s2t',{},maps), ('rawdot_s2t',dict(normalize=False),maps), ('cosine_symmetric_mean',dict(symmetric=True),maps), ('cosine_t2s',{},swapped), ('rawdot_t2s',dict(normalize=False),swapped))],
-    Ref('infonce', lambda v,i: InfoNCE(tau=float(v['par_tau'])), lambda v: dict(fm_s=dict(a=v['in_student_map']), fm_t=dict(a=v['in_teacher_tokens'])), 'out_cosine_s2t', {fm:'grad_student_map'}, 'pooled_map_vs_tokens__', id='infonce-pooled'),
-]
+    ofa_ref('code_T1'), ofa_ref('code_T4', T=4), ofa_ref('paper', form='paper'),
+    infonce_ref('cosine_s2t'), infonce_ref('rawdot_s2t', normalize=False),
+    infonce_ref('cosine_symmetric_mean', symmetric=True), infonce_ref('cosine_t2s', swapped),
+    infonce_ref('rawdot_t2s', swapped, normalize=False),
+    Ref('infonce', lambda v,i: InfoNCE(tau=float(v['par_tau'])), map_and_tokens, 'out_cosine_s2t',
+        {fm:'grad_student_map'}, 'pooled_map_vs_tokens__', id='infonce-pooled')]
 
 @pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
 @pytest.mark.parametrize('ref', refs, ids=lambda r: r.id)
@@ -105,13 +163,16 @@ def test_vectors(ref, dtype):
         close(v, want, value_tol[dtype])
         for k,w in grads.items(): close_grad(got[k], w, grad_tol[dtype])
 
+later = {                                           # what no row of `refs` reads; None: a test of its own reads it all
+    'logit_standardization': {'out_dkd','grad_zs_dkd'},                                  # for DKD
+    'kd_soft_target': {'out_kl','out_soft_ce','out_ce','out_seed_formula_alpha05'},      # without T², cross-entropies
+    'fitnet': {'out_half_sum_sq_per_sample_mean'},                                       # in another scale
+    'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
+    'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
+    'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
+
 def test_every_vector_is_used():
-    "No value and no gradient of a file lies here unread, but those another page's loss is for, or that are the same loss in another scale"
-    later = {'logit_standardization': {'out_dkd','grad_zs_dkd'},                     # DKD
-             'kd_soft_target': {'out_kl','out_soft_ce','out_ce','out_seed_formula_alpha05'},  # without T², cross-entropies
-             'fitnet': {'out_half_sum_sq_per_sample_mean'}, 'ofa': {'out_tas_seed_formula'},  # its gradient is the paper form's
-             'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},               # of the teacher's side: the test below
-              'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}   # None: a test of its own reads it
+    "No value or gradient lies here unread, but those another page's loss is for, or that only differ in scale"
     for f in folder.glob('*.npz'):
         if later.get(f.stem, set()) is None: continue
         with np.load(f) as d: have = {k for k in d if re.match(r'(.*__)?(out|grad)_', k)}
@@ -121,8 +182,10 @@ def test_every_vector_is_used():
 @pytest.mark.parametrize('kind', ['cosine','rawdot'])
 def test_infonce_both_ways(kind):
     "The gradient of the symmetric form is the mean of those of its directions"
-    for i,tau in enumerate((v := Ref('infonce', None, None, None, case='vectors__').vectors)['par_tau']):
-        got = call(InfoNCE(tau=float(tau), normalize=kind=='cosine', symmetric=True), maps(v), torch.float64)[1][fm]
+    v = Ref('infonce', None, None, None, case='vectors__').vectors
+    for i,t in enumerate(v['par_tau']):
+        loss = InfoNCE(tau=float(t), normalize=kind=='cosine', symmetric=True)
+        got = call(loss, maps(v), torch.float64)[1][fm]
         close_grad(got, (v[f'grad_fs_{kind}_s2t'][i]+v[f'grad_fs_{kind}_t2s'][i])/2, 1e-6)
 
 def test_seed_worked_example():
@@ -131,39 +194,45 @@ def test_seed_worked_example():
     z = d['seed_logits'][None]
     for t in d['par_T']:
         g = call(SoftTarget(T=float(t)), dict(pred=z, teacher_pred=np.zeros_like(z)), torch.float64)[1][pred]
-        close(g[0]/t+1/5, d[f'out_softmax_T{t:.0f}'], 1e-9)
-        assert np.abs(g[0]/t+1/5-d[f'out_printed_in_seed_T{t:.0f}']).max() < 5e-5
+        p = g[0]/t+1/5
+        close(p, d[f'out_softmax_T{t:.0f}'], 1e-9)
+        assert np.abs(p-d[f'out_printed_in_seed_T{t:.0f}']).max() < 5e-5
 
 # ---- the formulas again, in numpy, by loops where that is plainer ----
 
-def softmax(z): e = np.exp(z-z.max()); return e/e.sum()
+def softmax(z):
+    e = np.exp(z-z.max())
+    return e/e.sum()
 def log_softmax(z): return z-z.max()-np.log(np.exp(z-z.max()).sum())
 def kl(s, t): return sum(p*(b-a) for p,a,b in zip(softmax(t), log_softmax(s), log_softmax(t)))
+def standard(z): return (z-z.mean())/(np.sqrt(((z-z.mean())**2).sum()/(len(z)-1))+1e-7)
+def unit(v): return v/max(np.sqrt((v**2).sum()), 1e-12)
 
 def rows(z, axis=1): return np.moveaxis(z, axis, -1).reshape(-1, z.shape[axis]).astype(float)
+def pairs(a, b): return zip(a.astype(float).ravel(), b.astype(float).ravel(), strict=True)
 
 def np_soft_target(l, pred, teacher_pred):
     res = []
     for s,t in zip(rows(pred), rows(teacher_pred), strict=True):
-        if l.standardize: s,t = ((o-o.mean())/(np.sqrt(((o-o.mean())**2).sum()/(len(o)-1))+1e-7) for o in (s,t))
+        if l.standardize: s,t = standard(s),standard(t)
         res.append(l.T**2*kl(s/l.T, t/l.T))
     return np.mean(res)
 
 def np_binary(l, pred, teacher_pred):
     "Each output as two classes of logits z and 0"
-    return l.T**2*np.mean([kl(np.array([s/l.T,0.]), np.array([t/l.T,0.])) for s,t in zip(pred.astype(float).ravel(), teacher_pred.astype(float).ravel(), strict=True)])
+    return l.T**2*np.mean([kl(np.array([s/l.T,0.]), np.array([t/l.T,0.])) for s,t in pairs(pred, teacher_pred)])
 
-def np_mse(l, pred, teacher_pred): return np.mean([(float(a)-float(b))**2 for a,b in zip(pred.ravel(), teacher_pred.ravel(), strict=True)])
+def np_mse(l, pred, teacher_pred): return np.mean([(a-b)**2 for a,b in pairs(pred, teacher_pred)])
+
 def np_ofa(l, pred, teacher_pred, target):
     "Row by row, class by class; a label is a class, or a share for each"
-    ys = rows(target) if target.dtype.kind=='f' else target.ravel()
+    shares = rows(target) if target.dtype.kind=='f' else np.eye(pred.shape[1])[target.ravel()]
     res = []
-    for s,t,y in zip(rows(pred), rows(teacher_pred), ys, strict=True):
+    for s,t,y in zip(rows(pred), rows(teacher_pred), shares, strict=True):
         p,log_s,total = softmax(t/l.T),log_softmax(s/l.T),0.
         for c in range(len(s)):
-            q = y[c] if target.dtype.kind=='f' else float(c==y)
             own,other = ((1+p[c])**l.gamma-1,p[c]**l.gamma) if l.form=='code' else ((1+p[c])**l.gamma,p[c])
-            total -= (q*own+(1-q)*other)*log_s[c]
+            total -= (y[c]*own+(1-y[c])*other)*log_s[c]
         res.append(total)
     return np.mean(res)
 
@@ -172,59 +241,98 @@ def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm
 def np_pool(z, h, w):
     "Every cell of an h×w grid is the mean of the pixels it touches"
     H,W = z.shape[-2:]
-    return np.stack([np.stack([z[..., i*H//h:-(-(i+1)*H//h), j*W//w:-(-(j+1)*W//w)].mean((-2,-1)) for j in range(w)], -1) for i in range(h)], -2)
+    def span(i, n, N): return slice(i*N//n, -(-(i+1)*N//n))
+    def row(i): return [z[...,span(i, h, H),span(j, w, W)].mean((-2,-1)) for j in range(w)]
+    return np.stack([np.stack(row(i), -1) for i in range(h)], -2)
+
+def np_energy(l, o):
+    "The attention map of one item `(C,H,W)`, of length 1"
+    q = np.abs(o)**l.p
+    return unit(q.sum(0) if l.map=='sum' else q.max(0))
 
 def np_attention(l, fm_s, fm_t):
     total = 0.
     for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
-        h,w = min(s.shape[2],t.shape[2]),min(s.shape[3],t.shape[3])
+        h,w = min(s.shape[2], t.shape[2]),min(s.shape[3], t.shape[3])
         s,t = (np_pool(o.astype(float), h, w) for o in (s,t))
-        ds = []
-        for a,b in zip(s, t):
-            qs = []
-            for o in (a,b):
-                q = (np.abs(o)**l.p).sum(0) if l.map=='sum' else (np.abs(o)**l.p).max(0)
-                qs.append(q/max(np.sqrt((q**2).sum()), 1e-12))
-            ds.append(((qs[0]-qs[1])**2).sum())
+        ds = [((np_energy(l, a)-np_energy(l, b))**2).sum() for a,b in zip(s, t)]
         total += np.mean(ds)/(h*w) if l.form=='code' else np.sqrt(ds).mean()
     return total
 
-def np_infonce(l, fm_s, fm_t):
-    def vectors(z):
-        if z.ndim==3: z = z[:, z.shape[1]-int(np.sqrt(z.shape[1]))**2:].mean(1)         # what is no square of tokens stands before them
-        z = (z.mean((2,3)) if z.ndim==4 else z).astype(float)
-        return [v/max(np.sqrt((v**2).sum()), 1e-12) if l.normalize else v for v in z]
-    def find(a, b): return -np.mean([log_softmax(np.array([(u*v).sum() for v in b])/l.tau)[i] for i,u in enumerate(a)])
-    pairs = [(vectors(s),vectors(t)) for s,t in zip(fm_s.values(), fm_t.values(), strict=True)]
-    return sum((find(s, t)+find(t, s))/2 if l.symmetric else find(s, t) for s,t in pairs)
+def np_vectors(l, z):
+    "A row an item"
+    if z.ndim==3: z = z[:,z.shape[1]-int(np.sqrt(z.shape[1]))**2:].mean(1)      # before the square stand other tokens
+    if z.ndim==4: z = z.mean((2,3))
+    return [unit(v) if l.normalize else v for v in z.astype(float)]
 
-formulas = {SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet, OFALogits:np_ofa, InfoNCE:np_infonce}
+def np_find(l, a, b):
+    "How hard it is for each row of `a` to find its own of `b`"
+    return -np.mean([log_softmax(np.array([(u*v).sum() for v in b])/l.tau)[i] for i,u in enumerate(a)])
+
+def np_infonce(l, fm_s, fm_t):
+    both = [(np_vectors(l, s),np_vectors(l, t)) for s,t in zip(fm_s.values(), fm_t.values(), strict=True)]
+    if l.symmetric: both = [p for s,t in both for p in ((s,t),(t,s))]
+    return sum(np_find(l, a, b) for a,b in both)/(2 if l.symmetric else 1)
+
+formulas = {
+    SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
+    OFALogits:np_ofa, InfoNCE:np_infonce}
 
 # ---- other seeds and odd shapes ----
 
-def normal(rng, shape, scale=1): "Exact in float32"; return np.round(scale*256*rng.standard_normal(shape))/256
+def normal(rng, shape, scale=1):
+    "Exact in float32"
+    return np.round(scale*256*rng.standard_normal(shape))/256
+
 def some_logits(*shape): return lambda rng: dict(pred=normal(rng, shape, 3), teacher_pred=normal(rng, shape, 3))
-def some_maps(*pairs): return lambda rng: dict(zip(('fm_s','fm_t'), ({f'{i}': normal(rng, p[j]) for i,p in enumerate(pairs)} for j in (0,1))))
+def some_maps(*pairs):
+    def make(rng):
+        s,t = ({f'{i}': normal(rng, p[side]) for i,p in enumerate(pairs)} for side in (0,1))
+        return dict(fm_s=s, fm_t=t)
+    return make
+def labelled_logits(*shape):
+    return lambda rng: dict(some_logits(*shape)(rng), target=rng.integers(0, shape[1], (shape[0],*shape[2:])))
+def softly_labelled(*shape):
+    def make(rng):
+        given = some_logits(*shape)(rng)
+        return dict(given, target=rng.dirichlet(np.ones(shape[1]), shape[0]).astype(np.float32))
+    return make
 
-def labelled_logits(*shape): return lambda rng: dict(some_logits(*shape)(rng), target=rng.integers(0, shape[1], (shape[0],*shape[2:])))
-def softly_labelled(*shape): return lambda rng: dict(some_logits(*shape)(rng), target=rng.dirichlet(np.ones(shape[1]), shape[0]).astype(np.float32))
+odd,dense = some_logits(5, 37),some_logits(4, 5, 3, 2)
+even_maps = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6)))
+unequal = some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
+vectors_or_maps = some_maps(((5,9),(5,9))),some_maps(((5,6,3,4),(5,17,6)), ((5,9,7),(5,7,2,2)))
+forms = 'code','paper'
 
-odd = some_logits(5,37)
-even_maps,unequal = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6))),some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
 derived = [
-    *[(SoftTarget(T=t, standardize=st), odd) for t in (1.,2.5,8.) for st in (False,True)], (SoftTarget(), some_logits(1,2)), (SoftTarget(), some_logits(4,5,3,2)), (SoftTarget(T=2., standardize=True), some_logits(4,5,3,2)),
-    *[(BinarySoftTarget(T=t), g) for t,g in ((1.,odd),(3.,odd),(2.,some_logits(5)),(1.,some_logits(5,1)))],
-    (Logits(), odd), (Logits(), some_logits(5)), (Logits(), some_logits(5,3,4,2)),
-    *[(Attention(p=p, map=m, form=form), g) for p in (1,2,3,4) for m in ('sum','max') for form in ('code','paper') for g in (even_maps,unequal)],
+    *[(SoftTarget(T=t, standardize=st), odd) for t in (1.,2.5,8.) for st in (False,True)],
+    (SoftTarget(), some_logits(1, 2)), (SoftTarget(), dense), (SoftTarget(T=2., standardize=True), dense),
+    (BinarySoftTarget(T=1.), odd), (BinarySoftTarget(T=3.), odd),
+    (BinarySoftTarget(T=2.), some_logits(5)), (BinarySoftTarget(T=1.), some_logits(5, 1)),
+    (Logits(), odd), (Logits(), some_logits(5)), (Logits(), some_logits(5, 3, 4, 2)),
+    *[(Attention(p=p, map=m, form=form), g)
+      for p,m,form,g in product((1,2,3,4), ('sum','max'), forms, (even_maps,unequal))],
     (FitNet(adapter=None), even_maps),
-    *[(InfoNCE(tau=t, **k), g) for t in (.07,1.) for k in ({},dict(normalize=False),dict(symmetric=True)) for g in (some_maps(((5,9),(5,9))), some_maps(((5,6,3,4),(5,17,6)), ((5,9,7),(5,7,2,2))))],
-    *[(OFALogits(gamma=g, T=t, form=form), labels(5,37)) for g,t in ((1.,1.),(1.3,1.),(2.5,4.)) for form in ('code','paper') for labels in (labelled_logits,softly_labelled)],
-    (OFALogits(gamma=1.4), labelled_logits(1,2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4,5,3,2)),
-]
+    *[(InfoNCE(tau=t, **k), g)
+      for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
+    *[(OFALogits(gamma=g, T=t, form=form), labels(5, 37))
+      for (g,t),form,labels in product([(1.,1.),(1.3,1.),(2.5,4.)], forms, (labelled_logits,softly_labelled))],
+    (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
+
 def name(o):
-    if isinstance(o, nn.Module): return repr(o).replace(' ','')
-    if callable(o): return 'x'.join(map(str, next(iter(leaves(o(np.random.default_rng(0))).values())).shape))
+    if isinstance(o, nn.Module): return repr(o).replace(' ', '')
+    if callable(o):
+        first = next(iter(leaves(o(np.random.default_rng(0))).values()))
+        return 'x'.join(map(str, first.shape))
 each_derived = pytest.mark.parametrize('loss,inputs', derived, ids=name)
+
+def slope(f, given, direction, h=1e-6):
+    "The central difference of a formula where the student's arrays move"
+    def moved(e):
+        def move(n, a, k): return a+e*direction[n,k] if n in student_side else a
+        return {n: {k: move(n, a, k) for k,a in o.items()} if isinstance(o, dict) else move(n, o, None)
+                for n,o in given.items()}
+    return (f(**moved(h))-f(**moved(-h)))/(2*h)
 
 @pytest.mark.parametrize('seed', [0,1])
 @each_derived
@@ -232,146 +340,172 @@ def test_derived(loss, inputs, seed):
     "Values in both precisions; gradients against central differences of the numpy formula, along random directions"
     rng = np.random.default_rng(seed)
     given = inputs(rng)
-    f = formulas[type(loss)]
-    want = f(loss, **given)
+    f = partial(formulas[type(loss)], loss)
     v,grads = call(loss, given, torch.float64)
-    close(v, want, 1e-9)
     v32,grads32 = call(loss, given, torch.float32)
+    want = f(**given)
+    close(v, want, 1e-9)
     close(v32, want, 2e-5)
     for k,g in grads.items(): close_grad(grads32[k], g, 1e-4)
     for _ in range(3):
-        d,h = {k: rng.standard_normal(a.shape) for k,a in leaves(given).items()},1e-6
-        def moved(e): return {n: {k: a+e*d[n,k] for k,a in o.items()} if isinstance(o, dict) else o+e*d[n,None] if n in student_side else o for n,o in given.items() if n in student_side}
-        slope = (f(loss, **{**given, **moved(h)})-f(loss, **{**given, **moved(-h)}))/(2*h)
+        d = {k: rng.standard_normal(a.shape) for k,a in leaves(given).items()}
+        along = sum((grads[k]*d[k]).sum() for k in d)
         size = sum(np.linalg.norm(grads[k])*np.linalg.norm(d[k]) for k in d)
-        assert abs(slope-sum((grads[k]*d[k]).sum() for k in d)) < 1e-6*size
+        assert abs(slope(f, given, d)-along) < 1e-6*size
 
 # ---- extremes, in float32 ----
 
 def extreme_logits(rng, shape):
-    "Every entry exactly 50 or -50; first item all alike for the student, then for the teacher, then the opposite of the teacher, then equal to it"
+    """Every entry exactly 50 or -50; first item all alike for the student, then for the teacher, then the opposite of
+    the teacher, then equal to it"""
     s,t = (rng.choice([-50.,50.], shape) for _ in range(2))
     if len(s)>3: s[0],t[1],s[2],s[3] = 50,-50,-t[2],t[3]
     return dict(pred=s, teacher_pred=t)
 
-def large_and_zero_maps(rng, given):
+def large_and_zero_maps(given):
     "Scaled by 50; the first sample is zero for the student, the second for the teacher, the third for both"
-    for side,rows in (('fm_s',(0,2)),('fm_t',(1,2))):
+    for side,zero in (('fm_s',(0,2)), ('fm_t',(1,2))):
         for a in given[side].values():
             a *= 50
-            for r in rows: a[r] = 0
+            for r in zero: a[r] = 0
     return given
+
+def zeros(given): return each_array(given, lambda n,o: np.zeros_like(o))
 
 @each_derived
 def test_extremes(loss, inputs):
     rng = np.random.default_rng(0)
     given = inputs(rng)
-    cases = [large_and_zero_maps(rng, given)] if 'fm_s' in given else [{**given, **extreme_logits(rng, given['pred'].shape)}, {k: np.zeros_like(o) for k,o in given.items()}]
-    if 'fm_s' in given: cases += [{n: {k: np.zeros_like(a) for k,a in o.items()} for n,o in given.items()}]
-    for case in cases:
+    if 'fm_s' in given: extreme = large_and_zero_maps(given)
+    else: extreme = given|extreme_logits(rng, given['pred'].shape)
+    for case in (extreme,zeros(given)):
         v,grads = call(loss, case, torch.float32)
-        assert np.isfinite(v) and all(np.isfinite(g).all() for g in grads.values())
+        assert np.isfinite(v)
+        assert all(np.isfinite(g).all() for g in grads.values())
         close(v, formulas[type(loss)](loss, **case), 2e-5)
 
 # ---- yes-or-no outputs ----
 
 def test_binary_is_soft_target_on_two_classes():
     g = tensors(odd(np.random.default_rng(3)), torch.float64)
-    two = {k: torch.stack([o.flatten(),torch.zeros(o.numel(), dtype=o.dtype)], 1) for k,o in g.items()}
+    two = {k: torch.stack([o.flatten(), torch.zeros(o.numel(), dtype=o.dtype)], 1) for k,o in g.items()}
     for t in (1.,4.):
         a,b = BinarySoftTarget(T=t)(**g),SoftTarget(T=t)(**two)
         close(a.item(), b.item(), 1e-9)
         ga,gb = (torch.autograd.grad(o, g['pred'])[0].numpy() for o in (a,b))
         close_grad(ga, gb, 1e-9)
 
+unlike_shapes = [((8,10),(10,8)), ((6,),(2,3)), ((2,3),(6,)), ((2,6),(2,2,3)), ((4,1),(1,4))]
+
 @pytest.mark.parametrize('loss', [BinarySoftTarget(),Logits()], ids=name)
 def test_one_column(loss):
     "`(B,1)` and `(B,)` are the same outputs; nothing else is reshaped"
-    s,t = torch.randn(2,6)
+    s,t = torch.randn(2, 6)
     want = loss(pred=s, teacher_pred=t)
-    assert loss(pred=s[:,None], teacher_pred=t)==want==loss(pred=s, teacher_pred=t[:,None])==loss(pred=s[:,None], teacher_pred=t[:,None])
-    for a,b in (((8,10),(10,8)), ((6,),(2,3)), ((2,3),(6,)), ((2,6),(2,2,3)), ((4,1),(1,4))):
+    for a,b in product((s,s[:,None]), (t,t[:,None])): assert loss(pred=a, teacher_pred=b)==want
+    for a,b in unlike_shapes:
         with pytest.raises(ValueError, match=re.escape(str(a))): loss(pred=torch.randn(a), teacher_pred=torch.randn(b))
 
 # ---- dense and sequence outputs ----
 
-def labelled(shape, ignore, rng, share=.3):
+def some_labels(shape, ignore, rng, share=.3):
+    "Four classes, and the label that is ignored"
     y = rng.integers(0, 4, shape)
     y[rng.random(shape)<share] = ignore
     return y
 
-dense = [ # the loss function, shape of the outputs, axis of the classes, shape of the labels, ignored label
-    ('CrossEntropyLoss', nn.CrossEntropyLoss(ignore_index=255), (3,5,4,6), 1, (3,4,6), 255),
-    ('CrossEntropyLoss-default', nn.CrossEntropyLoss(), (3,5,4,6), 1, (3,4,6), -100),
-    ('CrossEntropyLoss-square', nn.CrossEntropyLoss(), (3,5,5,5), 1, (3,5,5), -100),
-    ('CrossEntropyLoss-sequence', nn.CrossEntropyLoss(), (3,5,7), 1, (3,7), -100),
-    ('CrossEntropyLoss-sequence-square', nn.CrossEntropyLoss(), (3,5,5), 1, (3,5), -100),
-    ('cross_entropy-sequence-square', F.cross_entropy, (3,5,5), 1, (3,5), None),
-    ('Flat-axis1', CrossEntropyLossFlat(axis=1, ignore_index=255), (3,5,4,6), 1, (3,4,6), 255),
-    ('Flat-axis1-channel', CrossEntropyLossFlat(axis=1), (3,5,4,6), 1, (3,1,4,6), -100),
-    ('Flat-axis1-square', CrossEntropyLossFlat(axis=1), (3,5,5,5), 1, (3,5,5), -100),
-    ('Flat-axis-1', CrossEntropyLossFlat(axis=-1), (3,7,5), 2, (3,7), -100),
-    ('Flat-axis-1-square', CrossEntropyLossFlat(axis=-1, ignore_index=1), (3,5,5), 2, (3,5), 1),
-    ('Flat-axis-1-dense', CrossEntropyLossFlat(axis=-1), (3,4,6,5), 3, (3,4,6), -100),
-    ('none-dense', None, (3,5,4,6), 1, (3,4,6), None),
-    ('none-sequence', None, (3,7,5), 2, (3,7), None),
-]
+dense_outputs = dict( # the loss function, shape of the outputs, axis of the classes, shape of the labels, ignored label
+    CrossEntropyLoss=(nn.CrossEntropyLoss(ignore_index=255), (3,5,4,6), 1, (3,4,6), 255), **{
+    'CrossEntropyLoss-default': (nn.CrossEntropyLoss(), (3,5,4,6), 1, (3,4,6), -100),
+    'CrossEntropyLoss-square': (nn.CrossEntropyLoss(), (3,5,5,5), 1, (3,5,5), -100),
+    'CrossEntropyLoss-sequence': (nn.CrossEntropyLoss(), (3,5,7), 1, (3,7), -100),
+    'CrossEntropyLoss-sequence-square': (nn.CrossEntropyLoss(), (3,5,5), 1, (3,5), -100),
+    'cross_entropy-sequence-square': (F.cross_entropy, (3,5,5), 1, (3,5), None),
+    'Flat-axis1': (CrossEntropyLossFlat(axis=1, ignore_index=255), (3,5,4,6), 1, (3,4,6), 255),
+    'Flat-axis1-channel': (CrossEntropyLossFlat(axis=1), (3,5,4,6), 1, (3,1,4,6), -100),
+    'Flat-axis1-square': (CrossEntropyLossFlat(axis=1), (3,5,5,5), 1, (3,5,5), -100),
+    'Flat-axis-1': (CrossEntropyLossFlat(axis=-1), (3,7,5), 2, (3,7), -100),
+    'Flat-axis-1-square': (CrossEntropyLossFlat(axis=-1, ignore_index=1), (3,5,5), 2, (3,5), 1),
+    'Flat-axis-1-dense': (CrossEntropyLossFlat(axis=-1), (3,4,6,5), 3, (3,4,6), -100),
+    'none-dense': (None, (3,5,4,6), 1, (3,4,6), None),
+    'none-sequence': (None, (3,7,5), 2, (3,7), None)})
 @pytest.mark.parametrize('standardize', [False,True], ids=['','standardize'])
-@pytest.mark.parametrize('criterion,shape,axis,labels,ignore', [o[1:] for o in dense], ids=[o[0] for o in dense])
+@pytest.mark.parametrize('criterion,shape,axis,labels,ignore', dense_outputs.values(), ids=dense_outputs)
 def test_dense(criterion, shape, axis, labels, ignore, standardize):
     "The mean over the pixels or positions whose label the loss function does not leave out"
     rng = np.random.default_rng(0)
     s,t = normal(rng, (2,*shape), 3)
-    y = labelled(labels, 0 if ignore is None else ignore, rng)
+    y = some_labels(labels, 0 if ignore is None else ignore, rng)
     keep = np.ones(y.size, bool) if ignore is None else y.ravel()!=ignore
     assert ignore is None or 0<keep.sum()<y.size
     loss,given = SoftTarget(T=3, standardize=standardize),dict(pred=s, teacher_pred=t, target=y, criterion=criterion)
-    want = np_soft_target(loss, rows(s, axis)[keep], rows(t, axis)[keep])
+    s_rows,t_rows = rows(s, axis),rows(t, axis)
+    want = np_soft_target(loss, s_rows[keep], t_rows[keep])
     v,grads = call(loss, given, torch.float64)
     close(v, want, 1e-9)
-    g = rows(grads[pred], axis)
-    assert not g[~keep].any() and g[keep].any(1).all()
-    for i in rng.choice(np.flatnonzero(keep), 3):                             # closed form: T(p_s-p_t)/n for each pixel
-        if not standardize: close_grad(g[i], 3*(softmax(rows(s, axis)[i]/3)-softmax(rows(t, axis)[i]/3))/keep.sum(), 1e-9)
     close(call(loss, given, torch.float32)[0], want, 2e-5)
-    if criterion is not None and ignore is not None: criterion(torch.tensor(s), torch.tensor(y))   # the loss function reads these shapes so too
+    g = rows(grads[pred], axis)
+    assert not g[~keep].any()
+    assert g[keep].any(1).all()
+    if not standardize:                                          # closed form: T(p_s-p_t)/n for each pixel
+        for i in rng.choice(np.flatnonzero(keep), 3):
+            close_grad(g[i], 3*(softmax(s_rows[i]/3)-softmax(t_rows[i]/3))/keep.sum(), 1e-9)
+    if criterion is not None and ignore is not None: criterion(torch.tensor(s), torch.tensor(y))   # it reads these too
 
 def test_everything_ignored():
-    given = dict(pred=np.ones((2,3,4,4)), teacher_pred=np.zeros((2,3,4,4)), target=np.full((2,4,4), 255), criterion=nn.CrossEntropyLoss(ignore_index=255))
+    given = dict(pred=np.ones((2,3,4,4)), teacher_pred=np.zeros((2,3,4,4)), target=np.full((2,4,4), 255),
+                 criterion=nn.CrossEntropyLoss(ignore_index=255))
     v,grads = call(SoftTarget(), given, torch.float32)
-    assert v==0 and not grads[pred].any()
+    assert v==0
+    assert not grads[pred].any()
 
 def test_dense_soft_labels():
     "Labels that are probabilities ignore nothing"
     rng = np.random.default_rng(0)
     s,t = normal(rng, (2,2,5,4,6), 3)
     y = np.moveaxis(rng.dirichlet(np.ones(5), (2,4,6)), -1, 1)
-    crit = nn.CrossEntropyLoss()
-    crit(torch.tensor(s), torch.tensor(y))
-    close(call(SoftTarget(), dict(pred=s, teacher_pred=t, target=y, criterion=crit), torch.float64)[0], np_soft_target(SoftTarget(), rows(s, 1), rows(t, 1)), 1e-9)
+    criterion = nn.CrossEntropyLoss()
+    criterion(torch.tensor(s), torch.tensor(y))
+    v,_ = call(SoftTarget(), dict(pred=s, teacher_pred=t, target=y, criterion=criterion), torch.float64)
+    close(v, np_soft_target(SoftTarget(), rows(s), rows(t)), 1e-9)
 
 # ---- what is refused, and which loss is named instead ----
 
 def z(*shape): return torch.randn(shape)
 def both(*shape): return dict(pred=z(*shape), teacher_pred=z(*shape))
 
+regressions = MSELossFlat(),nn.L1Loss(),F.mse_loss,nn.SmoothL1Loss()
+yes_or_no = (BCEWithLogitsLossFlat(),nn.BCEWithLogitsLoss(),F.binary_cross_entropy_with_logits,
+             nn.MultiLabelSoftMarginLoss())
+one_of_several = CrossEntropyLossFlat(),nn.CrossEntropyLoss(),FocalLossFlat(),LabelSmoothingCrossEntropy()
+
 refused = [
-    (SoftTarget(), both(6,1), 'BinarySoftTarget'), (SoftTarget(), both(6), 'BinarySoftTarget'), (SoftTarget(), both(6), r'Logits'), (SoftTarget(), both(6,1,4,4), 'BinarySoftTarget'),
-    *[(SoftTarget(), dict(both(6,n), criterion=c), 'use Logits') for c in (MSELossFlat(),nn.L1Loss(),F.mse_loss,nn.SmoothL1Loss()) for n in (1,4)],
-    *[(SoftTarget(), dict(both(6,4), criterion=c), 'use BinarySoftTarget') for c in (BCEWithLogitsLossFlat(),nn.BCEWithLogitsLoss(),F.binary_cross_entropy_with_logits,nn.MultiLabelSoftMarginLoss())],
-    *[(BinarySoftTarget(), dict(both(6,4), criterion=c), 'use SoftTarget') for c in (CrossEntropyLossFlat(),nn.CrossEntropyLoss(),FocalLossFlat(),LabelSmoothingCrossEntropy())],
-    (BinarySoftTarget(), dict(both(6,1), criterion=MSELossFlat()), 'use Logits'),
-    *[(l, dict(pred=z(6,10), teacher_pred=z(6,7)), r'\(6, 10\).*\(6, 7\).*Frozen\(teacher, classes=') for l in (SoftTarget(),BinarySoftTarget(),Logits())],
-    (SoftTarget(), dict(pred=z(6,10,8,8), teacher_pred=z(6,10,4,4)), r'8, 8.*4, 4.*same size'), (SoftTarget(), dict(pred=z(6,10), teacher_pred=z(5,10)), r'\(6, 10\).*\(5, 10\)'),
-    (FitNet(adapter=None), dict(fm_s=dict(a=z(2,4,8,8)), fm_t=dict(a=z(2,6,8,8))), r'\(2, 4, 8, 8\).*\(2, 6, 8, 8\).*adapter'),
-    (FitNet(adapter=None), dict(fm_s=dict(a=z(2,4,8,8), b=z(2,4)), fm_t=dict(a=z(2,4,8,8))), r"pairs 2 .*'a', 'b'.* with 1 "),
-    (Attention(), dict(fm_s=dict(a=z(2,35,6)), fm_t=dict(a=z(2,6,4,4))), r'\(2, 35, 6\).*without a grid'),
-]
-@pytest.mark.parametrize('loss,given,match', refused, ids=lambda o: name(o) if isinstance(o, nn.Module) else o if isinstance(o, str) else '')
+    (SoftTarget(), both(6, 1), 'BinarySoftTarget'), (SoftTarget(), both(6), 'BinarySoftTarget'),
+    (SoftTarget(), both(6), r'Logits'), (SoftTarget(), both(6, 1, 4, 4), 'BinarySoftTarget'),
+    *[(SoftTarget(), dict(both(6, n), criterion=c), 'use Logits') for c,n in product(regressions, (1,4))],
+    *[(SoftTarget(), dict(both(6, 4), criterion=c), 'use BinarySoftTarget') for c in yes_or_no],
+    *[(BinarySoftTarget(), dict(both(6, 4), criterion=c), 'use SoftTarget') for c in one_of_several],
+    (BinarySoftTarget(), dict(both(6, 1), criterion=MSELossFlat()), 'use Logits'),
+    *[(l, dict(pred=z(6, 10), teacher_pred=z(6, 7)), r'\(6, 10\).*\(6, 7\).*Frozen\(teacher, classes=')
+      for l in (SoftTarget(),BinarySoftTarget(),Logits())],
+    (SoftTarget(), dict(pred=z(6, 10, 8, 8), teacher_pred=z(6, 10, 4, 4)), r'8, 8.*4, 4.*same size'),
+    (SoftTarget(), dict(pred=z(6, 10), teacher_pred=z(5, 10)), r'\(6, 10\).*\(5, 10\)'),
+    (FitNet(adapter=None), dict(fm_s=dict(a=z(2, 4, 8, 8)), fm_t=dict(a=z(2, 6, 8, 8))),
+     r'\(2, 4, 8, 8\).*\(2, 6, 8, 8\).*adapter'),
+    (FitNet(adapter=None), dict(fm_s=dict(a=z(2, 4, 8, 8), b=z(2, 4)), fm_t=dict(a=z(2, 4, 8, 8))),
+     r"pairs 2 .*'a', 'b'.* with 1 "),
+    (Attention(), dict(fm_s=dict(a=z(2, 35, 6)), fm_t=dict(a=z(2, 6, 4, 4))), r'\(2, 35, 6\).*without a grid')]
+
+def said(o):
+    if isinstance(o, str): return o
+    return name(o) if isinstance(o, nn.Module) else ''
+
+@pytest.mark.parametrize('loss,given,match', refused, ids=said)
 def test_refused(loss, given, match):
     with pytest.raises(ValueError, match=match): loss(**given)
 
 def test_refused_arguments():
     for bad in (dict(map='mean'), dict(form='torch')):
         with pytest.raises(ValueError, match=repr(next(iter(bad.values())))): Attention(**bad)
-    with pytest.raises(RuntimeError, match='build'): FitNet()(fm_s=dict(a=z(2,4,8,8)), fm_t=dict(a=z(2,6,8,8)))
+    with pytest.raises(RuntimeError, match='build'):
+        FitNet()(fm_s=dict(a=z(2, 4, 8, 8)), fm_t=dict(a=z(2, 6, 8, 8)))
