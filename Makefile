@@ -49,7 +49,7 @@ version-%:
 	uv pip list --python .venv-$*/bin/python | grep -E '^(fastai|fastcore|timm|torch|torchvision) '
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -m 'not slow' -n $(WORKERS) $(PROMISES)
 
-# Run every notebook, or NB=nbs/00_loss.ipynb, and keep what it shows
+# Run every notebook, or NB=nbs/02_loss.ipynb, and keep what it shows
 run: export MPLBACKEND =
 run: $(READY)
 	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/nbdev-test $(NB) --save --n-workers $(WORKERS)

@@ -107,10 +107,10 @@ def _check_switches(loss, ks, kt, student, teacher):
     if len(ks)<2:
         raise ValueError(f'{loss!r} switches networks between stages and needs two pairs of them; here is {len(ks)}. '
                          'Name more with .at(student, teacher), or use FitNet')
-    def why_not(direction, i): return teacher.why_not(kt[i]) if direction=='s2t' else student.why_not(ks[i])
-    reasons = {candidate: why_not(*candidate) for candidate in reversed(loss.candidates)}
-    failing = [candidate for candidate in loss.candidates if reasons[candidate]]
-    if not failing: return
-    other = 't2s' if failing[0][0]=='s2t' else 's2t'
-    raise ValueError(f'{reasons[failing[0]]}; name other stages with .at(student, teacher), '
-                     f'or leave this direction out with FCFD(direction={other!r})')
+    for direction,net,keys in (('s2t',teacher,kt), ('t2s',student,ks)):
+        places = [keys[i] for d,i in loss.candidates if d==direction]
+        reason = net.why_not(places) if places else None         # all of them in one go
+        if reason is None: continue
+        other = 't2s' if direction=='s2t' else 's2t'
+        raise ValueError(f'{reason}; name other stages with .at(student, teacher), '
+                         f'or leave this direction out with FCFD(direction={other!r})')
