@@ -1,5 +1,6 @@
 "InfoNCE where labels and mixes multiply, at extremes, and in real fits"
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest

@@ -42,7 +42,8 @@ def test_stand_in_hands_no_special_method_on():
     (nn.CrossEntropyLoss(ignore_index=9), 'single', 1, 9), (CrossEntropyLossFlat(axis=-1), 'single', 2, -100),
     (nn.BCEWithLogitsLoss(), 'multi', 2, None), (BCEWithLogitsLossFlat(), 'multi', 2, None),
     (nn.MSELoss(), 'regression', 2, None),
-    (MSELossFlat(), 'regression', 2, None), (partial(F.cross_entropy, label_smoothing=.1), 'single', 1, None)], ids=str)
+    (MSELossFlat(), 'regression', 2, None), (partial(F.cross_entropy, label_smoothing=.1), 'single', 1, None)],
+    ids=lambda o: 'partial' if isinstance(o, partial) else str(o))
 def test_what_stands_behind_is_found(base, kind, axis, ignored):
     "Behind one stand-in, and behind two"
     z = torch.zeros(2,5,7)
