@@ -1,6 +1,6 @@
 """The promises every loss keeps (rule 5 of the house), each in a real Learner: a small convolutional student of a wider teacher, handwritten digits.
 Every class under `fasterdistill.losses` is found by itself; one that needs arguments says so in its `example`. Nothing here names a loss."""
-import importlib,inspect,pkgutil
+import importlib,inspect,pkgutil,re
 from collections import namedtuple
 from copy import deepcopy
 from functools import lru_cache,partial
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (a method of Learner)
 from fastai.data.core import Datasets
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import fasterdistill.loss,fasterdistill.losses,fasterdistill.networks.adapters
 from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.loss import DistillLoss,TaskLoss,ramp,steps
+from fasterdistill.missing import MissingLabels
 from fasterdistill.networks.net import Net
 
 torch.set_num_threads(1)
@@ -30,7 +32,15 @@ torch.set_num_threads(1)
 modules = [importlib.import_module(o.name) for o in pkgutil.walk_packages(fasterdistill.losses.__path__, 'fasterdistill.losses.')]
 losses = list(dict.fromkeys(o for m in modules for o in vars(m).values()   # an alias is the same class
     if inspect.isclass(o) and issubclass(o, DistillLoss) and o.__module__==m.__name__ and not o.__name__.startswith('_')))
-each = pytest.mark.parametrize('cls', losses, ids=lambda o: o.__name__)
+class Three(DistillLoss):
+    "Likenesses of items, which two do not have enough of: that a loss may ask for so many, and keep all promises"
+    min_items = 3
+    def forward(self, pred, teacher_pred):
+        assert len(pred)>=3, 'a batch that is too small was handed over'
+        s,t = (F.normalize(z-z.mean(0)) for z in (pred,teacher_pred))
+        return (s@s.T-t@t.T).pow(2).mean()
+
+each = pytest.mark.parametrize('cls', [*losses,Three], ids=lambda o: o.__name__)
 
 def test_found():
     assert len(losses)>=5 and all(any(o.__module__==m.__name__ for o in losses) for m in modules)
@@ -114,14 +124,15 @@ def make(cls, seed=2):
     student = Small(4)
     return cls.example(student, xs[:4]),student
 
-def ready(cls, setting, expr=lambda l: 0*TaskLoss()+l, bs=16, cbs=(), **kw):
-    "A Learner with the loss alone: the weight of the task loss is 0"
+def ready(cls, setting, expr=lambda l: 0*TaskLoss()+l, bs=16, cbs=(), label=None, **kw):
+    "A Learner with the loss alone: the weight of the task loss is 0; `label` in the place of the setting's own"
     loss,student = make(cls)
     teacher = deepcopy(trained(setting)) if names(loss) & {'teacher_pred','fm_t','teacher'} else None
     kd = KnowledgeDistillationCallback(teacher, expr(loss))
     watch = Watch(loss)
     watch.kd = kd
-    learn = Learner(data(setting.label, bs, **kw), student, loss_func=setting.criterion(), wd=0., cbs=[kd,watch,*cbs])
+    dls = data(label or setting.label, bs, **kw)
+    learn = Learner(dls, student, loss_func=setting.criterion(), wd=0., cbs=[kd,watch,*cbs])
     return SimpleNamespace(learn=learn, kd=kd, loss=loss, student=student, teacher=teacher, watch=watch)
 
 def fit(r, f='fit', n=1):
@@ -295,15 +306,79 @@ def test_autocast(cls):
     if by_hand(deepcopy(twin), c.given)!=c.out: return                          # it draws from the global generator: other numbers
     assert abs(by_hand(twin.double(), double(c.given))-c.out)<=1e-4*c.out.abs()
 
+def own_parts(parts): return {n: v for n,v in parts.items() if n not in ('task_loss','agreement')}
+
 @each
-def test_two_items(cls):
-    "A batch of 2 (a loss that needs more goes without)"
-    r = fit(ready(cls, fits(cls), bs=2, n=6))
-    assert len(r.watch.grads)==3
-    for g in r.watch.grads: assert finite(g)
-    if r.loss.min_items<=2: assert all(g['layer1.0.weight'] is not None for g in r.watch.grads)
+def test_fewest_items(cls):
+    "Batches of as many items as it needs, at least of 2; a smaller last one goes without it"
+    need = make(cls)[0].min_items
+    n = max(need, 2)
+    r = fit(ready(cls, fits(cls), bs=n, n=3*n+need-1))
+    assert len(r.watch.grads)==len(r.watch.parts)==3+(need>1)
+    for g,p in zip(r.watch.grads[:3], r.watch.parts):
+        assert finite(g) and g['layer1.0.weight'] is not None and own_parts(p)
+    for g,p in zip(r.watch.grads[3:], r.watch.parts[3:], strict=True): assert finite(g) and not own_parts(p)
     assert all(abs(v)<float('inf') for p in r.watch.parts for v in p.values())
     assert all(p.isfinite().all() for p in [*r.student.parameters(),*r.loss.parameters()])
+
+@each
+def test_too_small_batches_are_refused(cls):
+    "Where no batch would have enough items, before anything is trained"
+    need = make(cls)[0].min_items
+    if need==1: return
+    r = ready(cls, fits(cls), bs=need-1, n=3*need)
+    was = deepcopy(r.student.state_dict())
+    with pytest.raises(ValueError, match=f'at least {need} items, these have {need-1}: it would never be computed'): fit(r)
+    assert same(r.student.state_dict(), was)
+
+# ---- labels that are not there: -100 and NaN, as `MissingLabels` hands them on ----
+
+def soft(i): return .8*labels(i)+.02
+def gone(y): return torch.full_like(y, float('nan') if y.is_floating_point() else -100)
+def some(label): return lambda i: gone(label(i)) if i%3 else label(i)
+def none(label): return lambda i: gone(label(i))
+
+def fit_with_gaps(cls, setting, gaps, label):
+    "A fit in which labels miss, and what the loss was given and made of it"
+    r = ready(cls, setting, cbs=[MissingLabels()], label=gaps(label))
+    r.spy = Spy(r.loss)
+    try: return fit(r)
+    finally: r.spy.remove()
+
+def check_gaps(r, every):
+    "Finite values and gradients on all batches, items without a label among those that were given"
+    calls = [c for c in r.spy.calls if c.training]
+    assert len(calls)==len(r.watch.grads)==3
+    for c,g,p in zip(calls, r.watch.grads, r.watch.parts, strict=True):
+        assert c.out.shape==() and c.out.isfinite() and finite(g) and g['layer1.0.weight'] is not None
+        assert all(abs(v)<float('inf') for v in own_parts(p).values()) and own_parts(p)
+        if not every: assert g['layer1.0.weight'].abs().max()>0
+    ys = [c.given['target'] for c in calls if c.given.get('target') is not None]
+    if ys:                                                                       # it reads them, and got them as they are
+        missing = torch.cat([y.isnan() if y.is_floating_point() else y==-100 for y in ys])
+        assert missing.all() if every else missing.any() and not missing.all()
+    for g in r.watch.loss_grads: assert finite(g)
+    assert all(o.isfinite().all() for o in [*r.student.parameters(),*r.loss.state_dict().values()])
+
+@each
+@pytest.mark.parametrize('gaps', [some,none], ids=['some','all'])
+def test_missing_labels(cls, gaps):
+    "-100 where labels are classes, NaN where each class has its own: the teacher teaches all items"
+    setting = fits(cls)
+    check_gaps(fit_with_gaps(cls, setting, gaps, setting.label), gaps is none)
+
+@each
+@pytest.mark.parametrize('gaps', [some,none], ids=['some','all'])
+def test_missing_soft_labels(cls, gaps):
+    "NaN for the shares of classes; a loss that takes no soft labels says so with and without"
+    setting = fits(cls)
+    if setting.criterion is not CrossEntropyLossFlat: return
+    setting = Setting(nn.CrossEntropyLoss, setting.label, setting.width)
+    try: fit(ready(cls, setting, label=soft))
+    except ValueError as e:
+        with pytest.raises(ValueError, match=re.escape(str(e)[:40])): fit_with_gaps(cls, setting, gaps, soft)
+        return
+    check_gaps(fit_with_gaps(cls, setting, gaps, soft), gaps is none)
 
 @each
 def test_two_fits(cls):
@@ -317,7 +392,7 @@ def test_two_fits(cls):
     for k,p in now.items():
         if p.requires_grad and any(g[k] is not None and g[k].abs().max()>0 for g in r.watch.loss_grads[n:]): assert not torch.equal(p, values[k]), f'{k} has not moved'
 
-scope = {k: v for m in (fasterdistill.loss,fasterdistill.networks.adapters,*modules) for k,v in vars(m).items() if not k.startswith('__')} | dict(partial=partial, Small=Small)
+scope = {k: v for m in (fasterdistill.loss,fasterdistill.networks.adapters,*modules) for k,v in vars(m).items() if not k.startswith('__')} | dict(partial=partial, Small=Small, Three=Three)
 
 @each
 def test_repr(cls):
