@@ -26,6 +26,7 @@ import fasterdistill.losses
 import fasterdistill.networks.adapters
 from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.loss import DistillLoss,TaskLoss,ramp,steps
+from fasterdistill.missing import MissingLabels
 from fasterdistill.networks.net import Net
 
 # ---- every loss there is ----
@@ -372,15 +373,79 @@ def test_autocast(cls):
     if by_hand(deepcopy(twin), last.given)!=last.out: return        # it draws from the global generator: other numbers
     assert abs(by_hand(twin.double(), double(last.given))-last.out)<=1e-4*last.out.abs()
 
+def own_parts(parts): return {n: v for n,v in parts.items() if n not in ('task_loss','agreement')}
+
 @each
-def test_two_items(cls):
-    "A batch of 2 (a loss that needs more goes without)"
-    r = fit(ready(cls, fits(cls), bs=2, n=6))
-    assert len(r.watch.grads)==3
-    for g in r.watch.grads: assert finite(g)
-    if r.loss.min_items<=2: assert all(g['layer1.0.weight'] is not None for g in r.watch.grads)
+def test_fewest_items(cls):
+    "Batches of as many items as it needs, at least of 2; a smaller last one goes without it"
+    need = make(cls)[0].min_items
+    n = max(need, 2)
+    r = fit(ready(cls, fits(cls), bs=n, n=3*n+need-1))
+    assert len(r.watch.grads)==len(r.watch.parts)==3+(need>1)
+    for g,p in zip(r.watch.grads[:3], r.watch.parts):
+        assert finite(g) and g['layer1.0.weight'] is not None and own_parts(p)
+    for g,p in zip(r.watch.grads[3:], r.watch.parts[3:], strict=True): assert finite(g) and not own_parts(p)
     assert all(abs(v)<float('inf') for p in r.watch.parts for v in p.values())
     assert all(p.isfinite().all() for p in [*r.student.parameters(),*r.loss.parameters()])
+
+@each
+def test_too_small_batches_are_refused(cls):
+    "Where no batch would have enough items, before anything is trained"
+    need = make(cls)[0].min_items
+    if need==1: return
+    r = ready(cls, fits(cls), bs=need-1, n=3*need)
+    was = deepcopy(r.student.state_dict())
+    with pytest.raises(ValueError, match=f'at least {need} items, these have {need-1}: it would never be computed'): fit(r)
+    assert same(r.student.state_dict(), was)
+
+# ---- labels that are not there: -100 and NaN, as `MissingLabels` hands them on ----
+
+def soft(i): return .8*labels(i)+.02
+def gone(y): return torch.full_like(y, float('nan') if y.is_floating_point() else -100)
+def some(label): return lambda i: gone(label(i)) if i%3 else label(i)
+def none(label): return lambda i: gone(label(i))
+
+def fit_with_gaps(cls, setting, gaps, label):
+    "A fit in which labels miss, and what the loss was given and made of it"
+    r = ready(cls, setting, cbs=[MissingLabels()], label=gaps(label))
+    r.spy = Spy(r.loss)
+    try: return fit(r)
+    finally: r.spy.remove()
+
+def check_gaps(r, every):
+    "Finite values and gradients on all batches, items without a label among those that were given"
+    calls = [c for c in r.spy.calls if c.training]
+    assert len(calls)==len(r.watch.grads)==3
+    for c,g,p in zip(calls, r.watch.grads, r.watch.parts, strict=True):
+        assert c.out.shape==() and c.out.isfinite() and finite(g) and g['layer1.0.weight'] is not None
+        assert all(abs(v)<float('inf') for v in own_parts(p).values()) and own_parts(p)
+        if not every: assert g['layer1.0.weight'].abs().max()>0
+    ys = [c.given['target'] for c in calls if c.given.get('target') is not None]
+    if ys:                                                                       # it reads them, and got them as they are
+        missing = torch.cat([y.isnan() if y.is_floating_point() else y==-100 for y in ys])
+        assert missing.all() if every else missing.any() and not missing.all()
+    for g in r.watch.loss_grads: assert finite(g)
+    assert all(o.isfinite().all() for o in [*r.student.parameters(),*r.loss.state_dict().values()])
+
+@each
+@pytest.mark.parametrize('gaps', [some,none], ids=['some','all'])
+def test_missing_labels(cls, gaps):
+    "-100 where labels are classes, NaN where each class has its own: the teacher teaches all items"
+    setting = fits(cls)
+    check_gaps(fit_with_gaps(cls, setting, gaps, setting.label), gaps is none)
+
+@each
+@pytest.mark.parametrize('gaps', [some,none], ids=['some','all'])
+def test_missing_soft_labels(cls, gaps):
+    "NaN for the shares of classes; a loss that takes no soft labels says so with and without"
+    setting = fits(cls)
+    if setting.criterion is not CrossEntropyLossFlat: return
+    setting = Setting(nn.CrossEntropyLoss, setting.label, setting.width)
+    try: fit(ready(cls, setting, label=soft))
+    except ValueError as e:
+        with pytest.raises(ValueError, match=re.escape(str(e)[:40])): fit_with_gaps(cls, setting, gaps, soft)
+        return
+    check_gaps(fit_with_gaps(cls, setting, gaps, soft), gaps is none)
 
 @each
 def test_two_fits(cls):

@@ -248,8 +248,9 @@ def test_cuts_are_tried_deepest_first(pair, bad, named, monkeypatch):
     "And the one that is named is the first in the order of the switches"
     asked = {'student':[],'teacher':[]}
     def why_not(net, layer):
-        asked[net.who].append(layer)
-        return f'{net.who} at {layer!r}' if (net.who,layer) in bad else None
+        who = 'teacher' if net.who=='teacher' else 'student'
+        asked[who].append(layer)
+        return f'{who} at {layer!r}' if (who,layer) in bad else None
     monkeypatch.setattr(Net, 'why_not', why_not)
     if named is None: _built(FCFD(), *pair, torch.randn(4,1,8,8))
     else:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fasterdistill.networks.stages import stages
 from fasterdistill.loss import TaskLoss
-from fasterdistill.losses.tas import TAS
+from fasterdistill.losses.tas import TAS,right_share
 from fasterdistill.missing import MissingLabels
 from fasterdistill.networks.net import Net
 
@@ -81,7 +81,7 @@ def assistant(tas, given): return tas.assistant(**{k: given[k] for k in ('fm_s',
 def same_with_gradients(got, want, s, tas):
     "Predictions, features, and their gradients in the student and the projector, to 1e-5; `(parameters, gradients, gradients wanted)`"
     for a,b in zip(got, want, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-5*max(1, b.abs().max().item()))
-    ps = dict(s.named_parameters()) | {f'l2g.{n}': p for n,p in tas.l2g.named_parameters()}
+    ps = dict(s.named_parameters()) | {f'l2g.{n}': p for n,p in tas.assistant.l2g.named_parameters()}
     ga,gb = (torch.autograd.grad((p**2).sum()+(f*torch.linspace(-1, 1, f.shape[1])).sum(), list(ps.values()), allow_unused=True) for p,f in (got,want))
     top = max(g.abs().max() for g in gb if g is not None)
     for n,a,b in zip(ps, ga, gb, strict=True):
@@ -95,9 +95,9 @@ def test_the_students_stages_then_the_teachers(student, teacher):
     s,t = pair(student, teacher)
     x,tas = images(student),TAS()
     given = built(tas, s, t, [_cuts[student],_cuts[teacher]], x)
-    assert not tas.by_teacher
+    assert not tas.assistant.by_teacher
     got = assistant(tas, given)
-    want = _late[teacher](t, tas.l2g(_early[student](s, x)))
+    want = _late[teacher](t, tas.assistant.l2g(_early[student](s, x)))
     assert got[0].shape==(6,10) and got[1].shape==given['fm_t']['embedding'].shape and got[0].std(0).max()>1e-4       # items are told apart
     ps,ga,gb = same_with_gradients(got, want, s, tas)
     first = next(n for n,g in zip(ps, gb, strict=True) if g is not None)
@@ -110,10 +110,10 @@ def test_the_teachers_stages_then_the_students(student, teacher, first):
     s,t = pair(student, teacher)
     x,tas = images(student),TAS(first=first)
     given = built(tas, s, t, [_cuts[student],_cuts[teacher]], x)
-    assert tas.by_teacher
+    assert tas.assistant.by_teacher
     got = assistant(tas, given)
     with torch.no_grad(): z = _early[teacher](t, x)
-    want = _late[student](s, tas.l2g(z))
+    want = _late[student](s, tas.assistant.l2g(z))
     assert got[1].shape==given['fm_s']['embedding'].shape and got[0].std(0).max()>1e-4
     ps,ga,gb = same_with_gradients(got, want, s, tas)
     learns = {n for n,g in zip(ps, ga, strict=True) if g is not None and g.abs().max()>0}
@@ -127,7 +127,7 @@ def test_a_training_students_tail_normalises_by_the_batch():
     given,was = built(tas, s, t, ['layer2']*2, x),state(s)
     p,f = assistant(tas, given)
     conv,bn,_ = s.layer3
-    z = F.relu(F.batch_norm(conv(tas.l2g(t.layer2(t.layer1(x)))), None, None, bn.weight, bn.bias, training=True)).mean((2,3))
+    z = F.relu(F.batch_norm(conv(tas.assistant.l2g(t.layer2(t.layer1(x)))), None, None, bn.weight, bn.bias, training=True)).mean((2,3))
     torch.testing.assert_close(f, z, rtol=0, atol=1e-5); torch.testing.assert_close(p, s.fc(z), rtol=0, atol=1e-5)
     assert_same(state(s), was)
 
@@ -137,11 +137,11 @@ def test_without_a_tail():
     x,tas = images('net'),TAS(tail=False, attention=False)
     given = built(tas, s, t, ['layer2','blocks.2'], x)
     p,f = assistant(tas, given)
-    assert tas.l2g.attention is None
-    z = tas.l2g.embed(s.layer2(s.layer1(x))).mean((2,3))
+    assert tas.assistant.l2g.attention is None
+    z = tas.assistant.l2g.embed(s.layer2(s.layer1(x))).mean((2,3))
     torch.testing.assert_close(f, z, rtol=0, atol=1e-5)
-    torch.testing.assert_close(p, z@tas.classifier.weight.T+tas.classifier.bias, rtol=0, atol=1e-5)
-    g = torch.autograd.grad(p.square().sum(), [s.layer1[0].weight,tas.l2g.embed[0].weight])         # the answer alone teaches projector and student
+    torch.testing.assert_close(p, z@tas.assistant.classifier.weight.T+tas.assistant.classifier.bias, rtol=0, atol=1e-5)
+    g = torch.autograd.grad(p.square().sum(), [s.layer1[0].weight,tas.assistant.l2g.embed[0].weight])         # the answer alone teaches projector and student
     assert all(o.abs().max()>0 for o in g)
 
 def test_the_late_stages_learn_nothing_of_the_teachers_pass():
@@ -176,9 +176,9 @@ def test_the_whole_loss(student, teacher, switches):
     learn.fit(1, 0.)
     (x,y),s,t = seen[0],s.train(),t.eval()
     first,second = (t,s) if student=='own' else (s,t)
-    z = tas.l2g(first.layer2(first.layer1(x)))
+    z = tas.assistant.l2g(first.layer2(first.layer1(x)))
     if switches['tail']: p_a,f_a = _late['own'](second, z)
-    else: f_a = z[:,1:].mean(1); p_a = tas.classifier(f_a)
+    else: f_a = z[:,1:].mean(1); p_a = tas.assistant.classifier(f_a)
     feature = lambda m: m.norm(m.blocks(torch.cat([m.cls.expand(len(x),-1,-1), m.patch(x).flatten(2).transpose(1,2)], 1)+m.pos))[:,0] if isinstance(m, ViT) else m.layer3(m.layer2(m.layer1(x))).mean((2,3))
     f_s,f_t = feature(s),feature(t)
     p_s,p_t = s.fc(f_s),t.fc(f_t)
@@ -199,7 +199,7 @@ def test_who_learns_from_whom(who, student, projector):
     tas(**given).backward()
     moved = lambda m: [p.grad is not None and p.grad.abs().max().item()>0 for p in m.parameters()]
     assert s.layer1[0].weight.grad.abs().max()>0
-    assert any(moved(s.fc))==student and any(moved(tas.l2g))==projector and not any(moved(t))
+    assert any(moved(s.fc))==student and any(moved(tas.assistant.l2g))==projector and not any(moved(t))
 
 # -- 3: who comes first
 
@@ -213,7 +213,7 @@ def test_order(student, teacher, who):
     assert cuts==[_cuts[student],_cuts[teacher]]
     for first,want in (('auto',who),('student','student'),('teacher','teacher')):
         tas = TAS(first=first); built(tas, s, t, cuts, x)
-        assert tas.by_teacher==(want=='teacher') and tas.cut==(cuts[0] if want=='teacher' else cuts[1])
+        assert tas.assistant.by_teacher==(want=='teacher') and tas.assistant.cut==(cuts[0] if want=='teacher' else cuts[1])
 def test_first_is_one_of_three():
     with pytest.raises(ValueError, match="first='cnn'.*'auto', 'student' or 'teacher'"): TAS(first='cnn')
 
@@ -271,7 +271,7 @@ def test_one_layer_between_two_widths(d, count):
     tas = TAS(); built(tas, s, t, ['layer2','blocks.2'], images('net'))
     assert sum(p.numel() for p in tas.meet.parameters())==count and [*tas.meet]==['student_teacher'][:count]
     tas = TAS(); built(tas, t.requires_grad_(True), net(4, s=1).eval().requires_grad_(False), ['blocks.2','layer2'], images('net'))
-    assert tas.by_teacher and sum(p.numel() for p in tas.meet.parameters())==(count and 24*16+16) and [*tas.meet]==['student_teacher'][:count]
+    assert tas.assistant.by_teacher and sum(p.numel() for p in tas.meet.parameters())==(count and 24*16+16) and [*tas.meet]==['student_teacher'][:count]
 
 @pytest.mark.parametrize('student,teacher', [('net','own'),('own','net')])
 def test_nothing_is_left(student, teacher, tmp_path):
@@ -301,7 +301,7 @@ def test_an_assistant_that_is_not_taught_is_not_in_the_optimizer(teach):
     tas,seen = TAS(teach_assistant=teach, tail=False),[]
     learn = learner(s, cbs=[KD(t, TaskLoss()+tas),At('before_step', lambda l: seen.append({id(p) for g in l.opt.param_lists for p in g}))])
     learn.fit(1)
-    mine = {id(p) for m in (tas.l2g,tas.classifier) for p in m.parameters()}
+    mine = {id(p) for m in (tas.assistant.l2g,tas.assistant.classifier) for p in m.parameters()}
     assert all(bool(mine & ids)==teach and (mine<=ids)==teach for ids in seen) and seen
 
 # -- 6: other ways of training
@@ -314,9 +314,9 @@ def test_mixup_is_linear_in_the_labels():
     tas.infonce = False
     want = sum(lam[i]*one(i, y)+(1-lam[i])*one(i, other) for i in range(6))/6
     torch.testing.assert_close(tas.compare(p, f, q, f, y, mix=(other,lam)), want, rtol=1e-5, atol=0)
-    assert tas._right(F.one_hot(torch.where(lam>=.5, y, other), 10).float(), y, (other,lam)).item()==1.     # the larger part counts
-    assert tas._right(F.one_hot(other, 10).float(), y, (other,torch.tensor(.3))).item()==1.
-    assert tas._right(F.one_hot(other, 10).float(), torch.eye(10)[y], (torch.eye(10)[other],.3)).item()==1.
+    assert right_share(F.one_hot(torch.where(lam>=.5, y, other), 10).float(), y, (other,lam)).item()==1.     # the larger part counts
+    assert right_share(F.one_hot(other, 10).float(), y, (other,torch.tensor(.3))).item()==1.
+    assert right_share(F.one_hot(other, 10).float(), torch.eye(10)[y], (torch.eye(10)[other],.3)).item()==1.
 def test_under_mixup():
     cb = KD(ViT(), TaskLoss()+TAS()); learn = learner(net(), cbs=[cb,MixUp()])
     learn.fit(2)
@@ -355,8 +355,8 @@ def test_items_without_a_label_are_neither_right_nor_wrong():
     tas(**given); assert tas.take_logged()['assistant_acc']==pytest.approx(1/3)
     tas(**dict(given, target=torch.full((6,), -100))); assert tas.take_logged()['assistant_acc']==0
     soft = torch.eye(10)[given['target'].clamp(min=0)]; soft[[0,3,4]] = float('nan')
-    assert tas._right(p, soft).item()==pytest.approx(1/3)
-    assert tas._right(p, given['target'], criterion=nn.CrossEntropyLoss(ignore_index=int(given['target'][1]))).item()==0.
+    assert right_share(p, soft).item()==pytest.approx(1/3)
+    assert right_share(p, given['target'], criterion=nn.CrossEntropyLoss(ignore_index=int(given['target'][1]))).item()==0.
 
 def test_with_missing_labels():
     "The second batch has none at all"
