@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders,Datasets
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize,ItemGetter
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BaseLoss,CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage
@@ -49,6 +49,14 @@ def _keeping_tensor(x, *rest, **kwargs):
     "fastai's own, which makes float32 of float64, without that"
     return x if isinstance(x, torch.Tensor) and not rest else real(_tensor(x, *rest, **kwargs))
 
+_call = BaseLoss.__call__
+
+def _keeping_call(self, pred, y, **kwargs):
+    "A loss of fastai's, some of which make float32 of the labels, without that"
+    kept = copy.copy(self)
+    kept.floatify = False
+    return _call(kept, pred, y.to(pred.dtype) if self.floatify else y, **kwargs)
+
 @contextmanager
 def floating(dtype):
     "Networks, data, losses and learned parts that are made inside are of `dtype`, those of fastai too"
@@ -57,7 +65,9 @@ def floating(dtype):
     torch.set_default_dtype(dtype)
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, was)
-        for m in users: stack.enter_context(patch.object(m, 'tensor', _keeping_tensor))
+        if dtype==torch.float64:
+            for m in users: stack.enter_context(patch.object(m, 'tensor', _keeping_tensor))
+            stack.enter_context(patch.object(BaseLoss, '__call__', _keeping_call))
         yield
 
 def real(x):

@@ -1,19 +1,20 @@
 "FCFD against the authors' numbers, against a step written out by hand, and in Learners of many kinds of networks"
 import copy
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from common import (KD,HalfCPU,assert_close,assert_same,get_dls,in_float64,kl,learner,left,net,refuses,seed,state,
+                    tuples)
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import DataLoaders
 from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from torch import nn
 
-from common import KD,get_dls,learner,left,net,seed,state,assert_same
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fcfd import FCFD
@@ -26,29 +27,37 @@ vectors = Path(__file__).parent/'vectors'
 # -- the authors' numbers
 
 def _vector(dtype):
+    "The file, and its tensors: maps by stage, and the logits of teacher, student and both mixed paths"
     v = np.load(vectors/'fcfd_loss.npz')
-    t = lambda n: torch.tensor(v[n], dtype=dtype, requires_grad=n.startswith('in_stage') or n.startswith('in_logits'))
-    fm_t = [t(f'in_stage{k}_t').detach() for k in (1,2,3)]
-    bridged,mix = [t(f'in_stage{k}_s') for k in (1,2,3)],{k: t(f'in_stage{k}_mix') for k in (2,3)}
-    zt,zs,z1,z2 = (t(f'in_logits_{n}') for n in ('teacher','student','mix_student_then_teacher','mix_teacher_then_student'))
-    return v,fm_t,bridged,mix,zt,zs,z1,z2
+    def t(n): return torch.tensor(v[n], dtype=dtype, requires_grad=n.startswith(('in_stage','in_logits')))
+    return v,SimpleNamespace(
+        teacher=[t(f'in_stage{k}_t').detach() for k in (1,2,3)],
+        bridged={k: t(f'in_stage{k}_s') for k in (1,2,3)}, mixed={k: t(f'in_stage{k}_mix') for k in (2,3)},
+        zt=t('in_logits_teacher').detach(), zs=t('in_logits_student'), z1=t('in_logits_mix_student_then_teacher'),
+        z2=t('in_logits_mix_teacher_then_student'))
 
-@pytest.mark.parametrize('dtype,rtol,gtol', [(torch.float64,1e-9,1e-6),(torch.float32,2e-5,1e-4)])
-@pytest.mark.parametrize('name,kwargs,epoch', [('epoch0_T4_w5', dict(T=4, weight=5), 0), ('epoch30_T4_w5', dict(T=4, weight=5), 30), ('epoch30_T8_w002_mix02', dict(T=8, weight=.02, mix=.2), 30)])
+def near(got, want, tol): assert (got-want).abs().max() <= tol*want.abs().max()
+
+@pytest.mark.parametrize('dtype,rtol,gtol', [(torch.float64,1e-9,1e-6), (torch.float32,2e-5,1e-4)])
+@pytest.mark.parametrize('name,kwargs,epoch', [
+    ('epoch0_T4_w5', dict(T=4, weight=5), 0), ('epoch30_T4_w5', dict(T=4, weight=5), 30),
+    ('epoch30_T8_w002_mix02', dict(T=8, weight=.02, mix=.2), 30)])
 def test_authors_numbers(name, kwargs, epoch, dtype, rtol, gtol):
-    v,fm_t,bridged,mix,zt,zs,z1,z2 = _vector(dtype)
-    loss,mixed = FCFD(**kwargs),[[],[mix[2]],[mix[3]]]
-    np.testing.assert_allclose(loss.stage_losses(fm_t, bridged, mixed).tolist(), v['out_l2_per_stage'], rtol=rtol)
-    total = loss.loss(fm_t, bridged, mixed, zs, zt.detach(), [z1,z2], epoch)
+    v,o = _vector(dtype)
+    loss,bridged,mixed = FCFD(**kwargs),list(o.bridged.values()),[[],[o.mixed[2]],[o.mixed[3]]]
+    stages = loss.stage_losses(o.teacher, bridged, mixed)
+    np.testing.assert_allclose(stages.tolist(), v['out_l2_per_stage'], rtol=rtol)
+    total = loss.loss(o.teacher, bridged, mixed, o.zs, o.zt, [o.z1,o.z2], epoch)
     np.testing.assert_allclose(total.item(), v[f'out_total_{name}']-v['out_ce_student'], rtol=rtol)
+
     total.backward()
-    y = torch.tensor(v['in_y']).long()
-    zc = zs.detach().requires_grad_(); F.cross_entropy(zc, y).backward()
+    zc = o.zs.detach().requires_grad_()
+    F.cross_entropy(zc, torch.tensor(v['in_y']).long()).backward()
     want = torch.tensor(v[f'grad_logits_{name}'], dtype=dtype)          # teacher, student, both mixed paths
-    got = torch.stack([torch.zeros_like(zs), zs.grad+zc.grad, z1.grad, z2.grad])
-    assert (got-want).abs().max() <= gtol*want.abs().max()
-    for o,n in [(bridged[0],'stage1_s'),(bridged[1],'stage2_s'),(bridged[2],'stage3_s'),(mix[2],'stage2_mix'),(mix[3],'stage3_mix')]:
-        if f'grad_{n}_{name}' in v.files: assert (o.grad-torch.tensor(v[f'grad_{n}_{name}'])).abs().max() <= gtol*np.abs(v[f'grad_{n}_{name}']).max(), n
+    near(torch.stack([torch.zeros_like(o.zs), o.zs.grad+zc.grad, o.z1.grad, o.z2.grad]), want, gtol)
+    maps = {f'stage{k}_s': m for k,m in o.bridged.items()} | {f'stage{k}_mix': m for k,m in o.mixed.items()}
+    for n,m in maps.items():
+        if (k := f'grad_{n}_{name}') in v.files: near(m.grad, torch.tensor(v[k]), gtol)
 
 # -- one step by hand: every stage a function of its own, no Net, no hooks
 
@@ -62,79 +71,104 @@ def _batch_stats(m, z):
         else: z = o(z.clone() if isinstance(o, nn.ReLU) else z)
     return z
 
+def _through(stages, z):
+    "What all stages but the last return, and the prediction"
+    maps = []
+    for s in stages[:3]:
+        z = s(z)
+        maps.append(z)
+    return maps,stages[3](z)
+
+def _mixed_path(stages, i, z):
+    "Of a map at the end of stage `i`: the maps after it by the stages that follow, and the prediction"
+    maps = {}
+    for k in range(i+1, 3): maps[k] = z = _batch_stats(stages[k], z)
+    return maps,stages[3](z)
+
 def _by_hand(fcfd, student, teacher, x, paths, T, weight, mix, warm):
     S,H = _stages(student),_stages(teacher)
-    fs,ft,z = [],[],x
-    for s in S[:3]: z = s(z); fs.append(z)
-    pred,z = S[3](fs[-1]),x
-    with torch.no_grad():
-        for h in H[:3]: z = h(z); ft.append(z)
-        zt = H[3](ft[-1])
-    kl = lambda z: T*T*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
+    fs,pred = _through(S, x)
+    with torch.no_grad(): ft,zt = _through(H, x)
     bridged = [b(f) for b,f in zip(fcfd.s2t, fs)]
     others,preds = [[b] for b in bridged],[]
     for d,i in paths:
         if d=='s2t':
-            z = bridged[i]
-            for k in range(i+1, 3): z = _batch_stats(H[k], z); others[k].append(z)
-            preds.append(H[3](z))
-        else:
-            z = fcfd.t2s[i](ft[i])
-            for k in range(i+1, 3): z = _batch_stats(S[k], z)
-            preds.append(S[3](z))
+            maps,p = _mixed_path(H, i, bridged[i])
+            for k,z in maps.items(): others[k].append(z)
+        else: _,p = _mixed_path(S, i, fcfd.t2s[i](ft[i]))
+        preds.append(p)
+    def pooled(z): return z.clamp(min=0).mean((2,3))
     l2 = sum(((o-t)**2).mean() for t,os in zip(ft, others) for o in os)
-    l2 = l2+sum(((o.clamp(min=0).mean((2,3))-ft[2].clamp(min=0).mean((2,3)))**2).mean() for o in others[2])
-    return weight*warm*l2 + kl(pred) + mix*sum(map(kl, preds))
+    l2 = l2+sum(((pooled(o)-pooled(ft[2]))**2).mean() for o in others[2])
+    return weight*warm*l2 + kl(pred, zt, T) + mix*sum(kl(p, zt, T) for p in preds)
+
+def batch(n=16): return torch.randn(n, 1, 8, 8)
 
 @pytest.fixture
 def pair():
     student,teacher = net(4, s=1).train(),net(6, s=2).train()
     with torch.no_grad():
-        for _ in range(5): teacher(torch.randn(16,1,8,8))
+        for _ in range(5): teacher(batch())
     return student,teacher.eval().requires_grad_(False)
 
-def _built(fcfd, student, teacher, x):
-    ks = ['layer1','layer2','layer3']
-    ns,nt = Net(student, x, ks),Net(teacher, x, ks, who='teacher')
-    with torch.no_grad(): vs,vt = ns(x),nt(x, bn='eval')
-    seed(3); fcfd.build(fm_s=vs.fm, fm_t=vt.fm, student=ns, teacher=nt, xb=(x,))
-    return ns,nt,ks
+stage_names = ['layer1','layer2','layer3']
 
-@pytest.mark.parametrize('paths', [[('s2t',0),('t2s',1)],[('s2t',1),('t2s',0)],[('s2t',0),('s2t',1),('t2s',0),('t2s',1)]])
+def _built(fcfd, student, teacher, x):
+    "Both networks as the loss reads them; the loss is built"
+    ns,nt = Net(student, x, stage_names),Net(teacher, x, stage_names, who='teacher')
+    with torch.no_grad(): vs,vt = ns(x),nt(x, bn='eval')
+    seed(3)
+    fcfd.build(fm_s=vs.fm, fm_t=vt.fm, student=ns, teacher=nt, xb=(x,))
+    return ns,nt
+
+def _given(ns, nt, x, **more):
+    "What FCFD reads of a batch"
+    taps = Taps(ns.model, stage_names, x).attach()
+    taps.clear(True)
+    pred = ns.model(x)
+    fm_s = dict(taps.store)
+    taps.remove()
+    with torch.no_grad(): zt,fm_t = nt(x, bn='eval')
+    return dict(fm_s=fm_s, fm_t=fm_t, pred=pred, teacher_pred=zt, student=ns, teacher=nt, xb=(x,), **more)
+
+def same_gradients(mine, own, tol=1e-10):
+    top = max(q.grad.abs().max() for q in own.parameters() if q.grad is not None)   # one that is 0 has its rounding
+    for (n,p),q in zip(mine.named_parameters(), own.parameters(), strict=True):
+        assert (p.grad is None)==(q.grad is None), n
+        if q.grad is not None: assert (p.grad-q.grad).abs().max() <= tol*max(q.grad.abs().max(), top), n
+
+@in_float64
+@pytest.mark.parametrize('paths', [
+    [('s2t',0),('t2s',1)], [('s2t',1),('t2s',0)], [('s2t',0),('s2t',1),('t2s',0),('t2s',1)]])
 def test_step_by_hand(pair, paths, monkeypatch):
     "The same loss, and the same gradients in student and bridges, as stages called one after the other"
     student,teacher = pair
-    x = torch.randn(16,1,8,8); fcfd = FCFD(T=3, weight=2, mix=.5, warmup=4)
-    ns,nt,ks = _built(fcfd, student, teacher, x)
+    x,fcfd = batch(),FCFD(T=3, weight=2, mix=.5, warmup=4)
+    ns,nt = _built(fcfd, student, teacher, x)
     twin = copy.deepcopy((fcfd,student,teacher))
     monkeypatch.setattr(fcfd, 'draw', lambda: paths)                    # the same paths in both
-    taps = Taps(student, ks, x).attach(); taps.clear(True)
-    pred = student(x); fm_s = dict(taps.store); taps.remove()
-    with torch.no_grad(): zt,fm_t = nt(x, bn='eval')
-    got = fcfd(fm_s=fm_s, fm_t=fm_t, pred=pred, teacher_pred=zt, student=ns, teacher=nt, epoch=1., xb=(x,))
+    got = fcfd(**_given(ns, nt, x, epoch=1.))
     want = _by_hand(*twin, x, paths, T=3, weight=2, mix=.5, warm=.5)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-    got.backward(); want.backward()
-    for mine,his in ((fcfd,twin[0]),(student,twin[1])):
-        top = max(q.grad.abs().max() for q in his.parameters() if q.grad is not None)      # a bias before a BatchNorm has a gradient of 0 and rounding
-        for (n,p),q in zip(mine.named_parameters(), his.parameters(), strict=True):
-            if q.grad is None: assert p.grad is None, n
-            else: assert (p.grad-q.grad).abs().max() <= 1e-5*max(q.grad.abs().max(), top), n
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    got.backward()
+    want.backward()
+    for mine,own in ((fcfd,twin[0]), (student,twin[1])): same_gradients(mine, own)
 
 # -- who gets gradients, methods.md 6.3
 
+def _moved(m): return {n for n,p in m.named_parameters() if p.grad is not None and p.grad.abs().sum()>0}
+
 def _grads(pair, path, monkeypatch):
+    "The student's stages, the bridges and the teacher's parameters that a mixed path alone has gradients for"
     student,teacher = pair
-    x = torch.randn(8,1,8,8); fcfd = FCFD(paths=1, weight=0)
-    ns,nt,ks = _built(fcfd, student, teacher, x)
+    x,fcfd = batch(8),FCFD(paths=1, weight=0)
+    ns,nt = _built(fcfd, student, teacher, x)
     monkeypatch.setattr(fcfd, 'draw', lambda: [path])
-    taps = Taps(student, ks, x).attach(); taps.clear(True)
-    pred = student(x).detach(); fm_s = dict(taps.store); taps.remove()      # the student's own path carries no gradient here
-    with torch.no_grad(): zt,fm_t = nt(x, bn='eval')
-    fcfd(fm_s=fm_s, fm_t=fm_t, pred=pred, teacher_pred=zt, student=ns, teacher=nt, epoch=0., xb=(x,)).backward()
-    has = lambda m: {n for n,p in m.named_parameters() if p.grad is not None and p.grad.abs().sum()>0}
-    top = lambda ns: {n.split('.')[0] for n in ns}
-    return top(has(student)),{'.'.join(n.split('.')[:2]) for n in has(fcfd)},has(teacher)
+    given = _given(ns, nt, x, epoch=0.)
+    given['pred'] = given['pred'].detach()                              # the student's own path carries no gradient
+    fcfd(**given).backward()
+    stages,bridges = {n.split('.')[0] for n in _moved(student)},{'.'.join(n.split('.')[:2]) for n in _moved(fcfd)}
+    return stages,bridges,_moved(teacher)
 
 def test_student_then_teacher_trains_the_early_student(pair, monkeypatch):
     assert _grads(pair, ('s2t',1), monkeypatch)==({'layer1','layer2'}, {'s2t.1'}, set())
@@ -144,100 +178,120 @@ def test_teacher_then_student_trains_the_late_student(pair, monkeypatch):
 
 # -- BatchNorm, draws, sums
 
+class Flat(nn.Module):
+    "BatchNorm of vectors too"
+    def __init__(self, w):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(1, w, 3, 1, 1), nn.BatchNorm2d(w), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(w, 2*w, 3, 2, 1), nn.BatchNorm2d(2*w), nn.ReLU())
+        self.layer3 = nn.Sequential(nn.Conv2d(2*w, 2*w, 3, 2, 1), nn.ReLU())
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(8*w, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    def forward(self, x): return self.head(self.layer3(self.layer2(self.layer1(x))))
+
 @pytest.mark.parametrize('kind', ['2d','1d'])
 def test_no_average_moves(kind):
     "At a learning rate of 0, five batches with and without FCFD leave every buffer of both networks bit-equal"
-    class Flat(nn.Module):
-        def __init__(self, w):
-            super().__init__()
-            self.layer1 = nn.Sequential(nn.Conv2d(1, w, 3, 1, 1), nn.BatchNorm2d(w), nn.ReLU())
-            self.layer2 = nn.Sequential(nn.Conv2d(w, 2*w, 3, 2, 1), nn.BatchNorm2d(2*w), nn.ReLU())
-            self.layer3 = nn.Sequential(nn.Conv2d(2*w, 2*w, 3, 2, 1), nn.ReLU())
-            self.head = nn.Sequential(nn.Flatten(), nn.Linear(8*w, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
-        def forward(self, x): return self.head(self.layer3(self.layer2(self.layer1(x))))
-    make = (lambda w: net(w, s=1)) if kind=='2d' else (lambda w: (seed(1),Flat(w))[1])
-    res = []
-    for loss in (None,FCFD(paths=4)):
-        student,teacher = make(4),make(6)
-        before = state(teacher)
-        learn = learner(student, get_dls(n=160))
-        if loss is not None: learn.add_cb(KD(teacher, TaskLoss()+loss))
-        learn.fit(1, 0.)
-        assert_same(state(teacher), before, 'teacher')
-        res.append({n: b.clone() for n,b in student.named_buffers()})
-    assert_same(*res)
-    assert all(v==5 for n,v in res[0].items() if 'num_batches' in n)
+    def make(w):
+        seed(1)
+        return net(w, s=1) if kind=='2d' else Flat(w)
+    def buffers(*cbs):
+        student = make(4)
+        learner(student, get_dls(n=160), cbs=list(cbs)).fit(1, 0.)
+        return {n: b.clone() for n,b in student.named_buffers()}
+    teacher = make(6)
+    before = state(teacher)
+    alone,beside = buffers(),buffers(KD(teacher, TaskLoss()+FCFD(paths=4)))
+    assert_same(state(teacher), before, 'teacher')
+    assert_same(alone, beside)
+    assert all(v==5 for n,v in alone.items() if 'num_batches' in n)
 
-def test_draws_leave_the_global_generator_alone(pair):
-    fcfd = FCFD(); fcfd.candidates = [(d,i) for d in ('s2t','t2s') for i in range(2)]
-    st = torch.get_rng_state()
+def test_draws_leave_the_global_generator_alone():
+    fcfd = FCFD()
+    fcfd.candidates = [(d,i) for d in ('s2t','t2s') for i in range(2)]
+    before = torch.get_rng_state()
     draws = [fcfd.draw() for _ in range(400)]
-    assert torch.equal(torch.get_rng_state(), st)
+    assert torch.equal(torch.get_rng_state(), before)
     assert all(len(set(d))==2 for d in draws)                             # without replacement
     counts = [sum(c in d for d in draws) for c in fcfd.candidates]
-    assert all(160<=c<=240 for c in counts), counts                       # each half of the time: mean 200, deviation 10
+    assert all(160<=c<=240 for c in counts), counts                       # half of the time: mean 200, deviation 10
 
-@pytest.mark.parametrize('direction,n', [('both',4),('s2t',2),('t2s',2),('none',0)])
+@pytest.mark.parametrize('direction,n', [('both',4), ('s2t',2), ('t2s',2), ('none',0)])
 def test_directions(pair, direction, n):
-    student,teacher = pair
     fcfd = FCFD(direction=direction)
-    _built(fcfd, student, teacher, torch.randn(4,1,8,8))
-    assert len(fcfd.candidates)==n and {d for d,_ in fcfd.candidates} <= {direction,'s2t','t2s'}
+    _built(fcfd, *pair, batch(4))
+    assert len(fcfd.candidates)==n
+    assert {d for d,_ in fcfd.candidates} <= {direction,'s2t','t2s'}
     assert len(fcfd.t2s)==(2 if direction in ('both','t2s') else 0)
 
 def test_beside_another_loss_the_students_own_path_is_untouched():
     "Attention's value on the first batch, and the Learner's own loss, are what they are without FCFD"
-    res = []
-    for loss in (TaskLoss()+100*Attention(),TaskLoss()+FCFD()+100*Attention()):
-        cb = KD(net(6, s=2), loss); learn = learner(net(4, s=1), get_dls(n=32), cbs=cb)
-        learn.fit(1, 0.); res.append(cb.parts)
+    def parts(loss):
+        cb = KD(net(6, s=2), loss)
+        learn = learner(net(4, s=1), get_dls(n=32), cbs=cb)
+        learn.fit(1, 0.)
         assert not left(learn, cb.teacher.model)
-    assert res[0]['attention']==res[1]['attention'] and res[0]['task_loss']==res[1]['task_loss']
+        return cb.parts
+    alone,beside = parts(TaskLoss()+100*Attention()),parts(TaskLoss()+FCFD()+100*Attention())
+    assert alone['attention']==beside['attention']
+    assert alone['task_loss']==beside['task_loss']
 
 def test_a_second_fit_uses_the_same_bridges():
-    cb = KD(net(6, s=2), TaskLoss()+FCFD()); learn = learner(net(4, s=1), cbs=cb)
-    learn.fit(1); ids = [id(p) for p in cb.loss.parameters()]
-    learn.fit(1); assert ids and ids==[id(p) for p in cb.loss.parameters()]
+    cb = KD(net(6, s=2), TaskLoss()+FCFD())
+    learn = learner(net(4, s=1), cbs=cb)
+    learn.fit(1)
+    ids = [id(p) for p in cb.loss.parameters()]
+    learn.fit(1)
+    assert ids
+    assert ids==[id(p) for p in cb.loss.parameters()]
 
+class Conv(nn.Module):
+    "A bridge without BatchNorm"
+    def __init__(self, a, b, xb=None):
+        super().__init__()
+        self.conv = nn.Conv2d(a.shape[1], b.shape[1], 3, 1, 1) if a.shape[2:]==b.shape[2:] else None
+    def forward(self, z): return self.conv(z)
+
+@in_float64
 def test_accumulated_gradients():
-    "Two halves accumulated equal the whole batch (no BatchNorm in networks; that of the bridges is by the half batch, so it is put in eval)"
-    class Plain(nn.Module):
-        def __init__(self, b): super().__init__(); self.conv = nn.Conv2d(b[0], b[1], 3, b[2], 1) if b[2]==1 else None
-        def forward(self, z): return self.conv(z)
-    adapter = lambda a,b,xb=None: Plain((a.shape[1],b.shape[1],1))
-    res = []
-    for bs,cbs in ((32,[]),(16,[GradientAccumulation(32)])):
-        learn = learner(net(4, bn=False, s=1), get_dls(n=32, bs=bs, shuffle=False), cbs=[KD(net(6, bn=False, s=2), TaskLoss()+FCFD(paths=4, adapter=adapter)),*cbs])
-        learn.fit(1, .01); res.append(state(learn.model))
-    for k in res[0]: torch.testing.assert_close(res[0][k], res[1][k], rtol=0, atol=1e-6)
+    "Two halves accumulated equal the whole batch (no BatchNorm, which would be by the half)"
+    def run(bs, *cbs):
+        kd = KD(net(6, bn=False, s=2), TaskLoss()+FCFD(paths=4, adapter=Conv))
+        learn = learner(net(4, bn=False, s=1), get_dls(n=32, bs=bs, shuffle=False), cbs=[kd,*cbs])
+        learn.fit(1, .01)
+        return state(learn.model)
+    assert_close(run(32), run(16, GradientAccumulation(32)))
 
-class BF16(Callback):
-    "What fastai's MixedPrecision does, on a CPU"
-    order = 10
-    def before_batch(self): self.amp = torch.autocast('cpu', dtype=torch.bfloat16); self.amp.__enter__()
-    def after_pred(self): self.learn.pred = self.pred.float()
-    def after_loss(self): self.amp.__exit__(None, None, None)
+class Spy(FCFD):
+    "Notes the kinds of number that the loss is computed from"
+    def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest):
+        mixed_maps = [m for ms in mixed for m in ms]
+        self.seen = {o.dtype for o in [*fm_t,*bridged,*mixed_maps,pred,teacher_pred,*mixed_preds]}
+        return super().loss(fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest)
 
 def test_under_autocast():
-    seen = []
-    class Spy(FCFD):
-        def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest):
-            seen.extend(o.dtype for o in [*fm_t,*bridged,*[m for ms in mixed for m in ms],pred,teacher_pred,*mixed_preds])
-            return super().loss(fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest)
-    cb = KD(net(6, s=2), TaskLoss()+Spy(paths=4)); learn = learner(net(4, s=1), cbs=[cb,BF16()])
-    learn.fit(2)
-    assert set(seen)=={torch.float32}
+    spy = Spy(paths=4)
+    cb = KD(net(6, s=2), TaskLoss()+spy)
+    learner(net(4, s=1), cbs=[cb,HalfCPU()]).fit(2)
+    assert spy.seen=={torch.float32}
     assert np.isfinite(list(cb.history[-1].values())).all()
 
+class Around(nn.Module):
+    "The classifier also reads an early map"
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Conv2d(1, 4, 3, 1, 1)
+        self.layer2,self.layer3 = nn.Conv2d(4, 4, 3, 2, 1),nn.Conv2d(4, 4, 3, 2, 1)
+        self.fc = nn.Linear(8, 10)
+    def forward(self, x):
+        a = self.layer1(x)
+        b = self.layer2(a.relu())
+        return self.fc(torch.cat([self.layer3(b.relu()).mean((2,3)), a.mean((2,3))], 1))
+
 def test_says_why_a_network_cannot_be_cut():
-    class Around(nn.Module):
-        def __init__(self): super().__init__(); self.layer1,self.layer2,self.layer3,self.fc = nn.Conv2d(1,4,3,1,1),nn.Conv2d(4,4,3,2,1),nn.Conv2d(4,4,3,2,1),nn.Linear(8,10)
-        def forward(self, x):
-            a = self.layer1(x); b = self.layer2(a.relu())
-            return self.fc(torch.cat([self.layer3(b.relu()).mean((2,3)), a.mean((2,3))], 1))
-    learn = learner(Around(), cbs=KD(net(4), TaskLoss()+FCFD()))
-    with pytest.raises(ValueError, match=r"the student \(Around\) cannot be cut at 'layer2'.*direction='s2t'"): learn.fit(1)
-    with pytest.raises(ValueError, match='needs two pairs'): learner(net(), cbs=KD(net(), TaskLoss()+FCFD().at('layer3'))).fit(1)
+    refuses(learner(Around()), r"the student \(Around\) cannot be cut at 'layer2'.*direction='s2t'",
+            KD(net(4), TaskLoss()+FCFD()))
+    refuses(learner(net()), 'needs two pairs', KD(net(), TaskLoss()+FCFD().at('layer3')))
     with pytest.raises(ValueError, match="expected one of 'both'"): FCFD(direction='up')
 
 s1,s2,t1,t2 = [(who,layer) for who in ('student','teacher') for layer in ('layer1','layer2')]
@@ -260,43 +314,49 @@ def test_cuts_are_tried_deepest_first(pair, bad, named, monkeypatch):
 
 def test_tokens_of_oblong_pictures():
     "ViT to ViT on 64×32 pictures: 4×2 patches, which no square grid fits"
-    t,s = (timm.create_model('vit_tiny_patch16_224', num_classes=10, img_size=(64,32), depth=4, embed_dim=d, num_heads=3) for d in (48,24))
-    x,y = torch.randn(8,3,64,32),torch.arange(8)
-    dls = DataLoaders.from_dsets(list(zip(x,y)), list(zip(x,y)), bs=4, device='cpu', num_workers=0)
-    cb = KD(t, TaskLoss()+FCFD()); learner(s, dls, loss_func=nn.CrossEntropyLoss(), cbs=cb).fit(1, 1e-3)
-    assert np.isfinite(cb.history[-1]['fcfd'])
+    make = timms('vit_tiny_patch16_224', img_size=(64,32), depth=4, num_heads=3)
+    three_steps(make(embed_dim=48), make(embed_dim=24), torch.randn(8, 3, 64, 32), torch.arange(8))
 
 # -- the zoo
 
-def _m(name, **k): return timm.create_model(name, num_classes=10, **k)
-_small = dict(
-    resnet=lambda: _m('resnet10t'), resnet18=lambda: _m('resnet18'), mobilenet=lambda: _m('mobilenetv3_small_050'), convnext=lambda: _m('convnext_atto'), regnet=lambda: _m('regnetx_002'),
-    efficientnet=lambda: _m('efficientnet_b0'), vit=lambda: _m('vit_tiny_patch16_224', img_size=64, depth=4, embed_dim=48, num_heads=3), reg=lambda: _m('vit_tiny_patch16_224', img_size=64, depth=4, embed_dim=48, num_heads=3, reg_tokens=2),
-    deit=lambda: _m('deit_tiny_distilled_patch16_224', img_size=64, depth=4, embed_dim=48, num_heads=3), swin=lambda: _m('swin_tiny_patch4_window7_224', img_size=64, window_size=2, embed_dim=24, depths=(1,1,1,1), num_heads=(1,2,4,4)),
-    mixer=lambda: timm.models.mlp_mixer.MlpMixer(num_classes=10, img_size=64, patch_size=16, num_blocks=4, embed_dim=48))
-pairs = [('resnet18','resnet'),('resnet','mobilenet'),('convnext','resnet'),('resnet','convnext'),('regnet','mobilenet'),('efficientnet','resnet'),('vit','resnet'),('swin','resnet'),('mixer','mobilenet'),
-         ('resnet','vit'),('resnet','swin'),('vit','vit'),('deit','vit'),('vit','reg'),('swin','swin'),('vit','mixer')]
+tokens = dict(img_size=64, depth=4, embed_dim=48, num_heads=3)
+zoo = dict(
+    resnet=timms('resnet10t'), resnet18=timms('resnet18'), mobilenet=timms('mobilenetv3_small_050'),
+    convnext=timms('convnext_atto'), regnet=timms('regnetx_002'), efficientnet=timms('efficientnet_b0'),
+    vit=timms('vit_tiny_patch16_224', **tokens), reg=timms('vit_tiny_patch16_224', **tokens, reg_tokens=2),
+    deit=timms('deit_tiny_distilled_patch16_224', **tokens),
+    swin=timms('swin_tiny_patch4_window7_224', img_size=64, window_size=2, embed_dim=24, depths=(1,1,1,1),
+               num_heads=(1,2,4,4)),
+    mixer=partial(timm.models.mlp_mixer.MlpMixer, num_classes=10, img_size=64, patch_size=16, num_blocks=4,
+                  embed_dim=48))
+pairs = '''resnet18→resnet resnet→mobilenet convnext→resnet resnet→convnext regnet→mobilenet efficientnet→resnet
+    vit→resnet swin→resnet mixer→mobilenet resnet→vit resnet→swin vit→vit deit→vit vit→reg swin→swin
+    vit→mixer'''.split()
 
-@pytest.mark.parametrize('teacher,student', pairs, ids=['→'.join(p) for p in pairs])
+@pytest.mark.parametrize('teacher,student', [p.split('→') for p in pairs], ids=pairs)
 def test_zoo(teacher, student):
     "Three steps of every kind of pair; the student's state_dict keys as before, nothing left behind"
-    seed(); t,s = _small[teacher](),_small[student]()
+    seed()
+    t,s = zoo[teacher](),zoo[student]()
     keys = list(s.state_dict())
-    x,y = torch.randn(12,3,64,64),torch.arange(12)%10
-    dls = DataLoaders.from_dsets(list(zip(x,y)), list(zip(x,y)), bs=4, device='cpu', num_workers=0)
-    cb = KD(t, TaskLoss()+FCFD()); learn = learner(s, dls, loss_func=nn.CrossEntropyLoss(), cbs=cb)
-    learn.fit(1, 1e-3)
-    assert np.isfinite(cb.history[-1]['fcfd']) and list(s.state_dict())==keys
-    assert not left(learn, t)
+    three_steps(t, s, torch.randn(12, 3, 64, 64), torch.arange(12)%10)
+    assert list(s.state_dict())==keys
 
 def test_a_network_with_memory_keeps_it():
     "Another pass, whole or from the middle, must not be what a recurrent network remembers of the text"
-    seed(); m = get_language_model(AWD_LSTM, 20, config=dict(awd_lstm_lm_config, emb_sz=6, n_hid=7, n_layers=2)).train()
-    x = torch.randint(20, (3,8)); m(x)
-    was = [[t.clone() for t in h] for h in m[0].hidden]
+    seed()
+    config = awd_lstm_lm_config|dict(emb_sz=6, n_hid=7, n_layers=2)
+    m = get_language_model(AWD_LSTM, 20, config=config).train()
+    def hidden(): return [[t.clone() for t in h] for h in m[0].hidden]
+    x = torch.randint(20, (3,8))
+    m(x)
+    was = hidden()
     n = Net(m, x, out=lambda o: o[0])
     for _ in range(2):
-        pred = n.resume('0.rnns.1[0]', torch.randn(3,8,6)).pred; n(x)
-        assert pred.shape==(3,8,20) and all(torch.equal(a, b) for p,q in zip(m[0].hidden, was, strict=True) for a,b in zip(p, q, strict=True))
-    m(x); assert not torch.equal(m[0].hidden[1][0], was[1][0])                    # its own passes do change it
+        pred = n.resume('0.rnns.1[0]', torch.randn(3, 8, 6)).pred
+        n(x)
+        assert pred.shape==(3,8,20)
+        for p,q in zip(hidden(), was, strict=True): assert all(torch.equal(a, b) for a,b in zip(p, q, strict=True))
+    m(x)
+    assert not torch.equal(m[0].hidden[1][0], was[1][0])                  # its own passes do change it
     assert 'state kept from batch to batch' in n.why_not('0.rnns.0[0]')
