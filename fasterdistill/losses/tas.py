@@ -123,7 +123,7 @@ class TAS(DistillLoss):
         return self.loss(pred, teacher_pred, p_a, f_s, f_t, f_a, target, mix, criterion)
 
     def compare(self, pred, f, goal, f_goal, target, mix=None, criterion=None, way=''):
-        "One comparison: `OFALogits` of prediction and `goal`, `InfoNCE` of feature (behind the layer `way`) and `f_goal`"
+        "One comparison: `OFALogits` of prediction and `goal`, `InfoNCE` of `f_goal` and the feature behind `meet[way]`"
         given = dict(teacher_pred=goal, target=target, mix=mix, criterion=criterion)
         answers = self.answers(pred=pred, **given) if self.ofa else 0.
         if not self.infonce: return answers
