@@ -1,4 +1,4 @@
-"What works with what: a table that test_fastai.py fills, perhaps in several processes, and conftest.py prints or writes"
+"What works with what: a table that test_fastai.py fills, perhaps in another process, and conftest.py prints or writes"
 from pathlib import Path
 
 page = Path(__file__).parents[1]/'nbs'/'works_with.md'
