@@ -214,7 +214,7 @@ def test_resume(o):
             with pytest.raises(ValueError, match='cannot be cut at') as e: o.net.resume(s.name, fm[s.name])
             assert repr(s.name) in str(e.value)
             continue
-        assert o.net.can_resume(s.name), o.net._cut(s.name).reason
+        assert o.net.can_resume(s.name), o.net.why_not(s.name)
         with torch.no_grad():
             assert close(o.net.resume(s.name, fm[s.name], bn='eval').pred, pred), s
             back = o.net.resume(s.name, fm2[s.name], bn='eval')           # from what the guard never saw
@@ -385,7 +385,7 @@ def test_unet(last_cross):
         assert not net.can_resume(name), name
         with pytest.raises(ValueError, match='cannot be cut at'): net.resume(name, torch.zeros(1))
     for name in after:
-        assert net.can_resume(name), net._cut(name).reason
+        assert net.can_resume(name), net.why_not(name)
         with torch.no_grad():
             assert close(net.resume(name, fm2[name], bn='eval').pred, pred2), name
             assert close(net.resume(name, fm2[name][:1], bn='eval').pred, pred2[:1], pred2), name

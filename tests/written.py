@@ -110,5 +110,5 @@ class Written:
             self.nets = [Net(m, self.xb, n, out=self.task.select) for m,n in both]
             assert not any(n.why_not(k) for n in self.nets for k in n.layers)
         if amp:
-            for n in self.nets: n.now.around = partial(torch.autocast, 'cpu', torch.bfloat16)
+            for n in self.nets: n.at(n.passes.xb, partial(torch.autocast, 'cpu', torch.bfloat16))
         return self.nets
