@@ -7,7 +7,8 @@ from setuptools import setup,find_packages
 def read(fn): return (Path(__file__).parent/fn).read_text(encoding='utf-8')
 
 def version(src):
-    return next(o.value.value for o in ast.parse(src).body if isinstance(o, ast.Assign) and o.targets[0].id=='__version__')
+    assigned = [o for o in ast.parse(src).body if isinstance(o, ast.Assign)]
+    return next(o.value.value for o in assigned if o.targets[0].id=='__version__')
 
 cfg = ConfigParser(delimiters=['='], interpolation=None)
 cfg.read_string(read('settings.ini'))

@@ -4,6 +4,7 @@ arguments says so in its `example`. Nothing here names a loss."""
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import namedtuple
 from copy import deepcopy
 from functools import lru_cache,partial
@@ -395,7 +396,8 @@ def test_too_small_batches_are_refused(cls):
     if need==1: return
     r = ready(cls, fits(cls), bs=need-1, n=3*need)
     was = deepcopy(r.student.state_dict())
-    with pytest.raises(ValueError, match=f'at least {need} items, these have {need-1}: it would never be computed'): fit(r)
+    why = f'at least {need} items, these have {need-1}: it would never be computed'
+    with pytest.raises(ValueError, match=why): fit(r)
     assert same(r.student.state_dict(), was)
 
 # ---- labels that are not there: -100 and NaN, as `MissingLabels` hands them on ----
@@ -421,7 +423,7 @@ def check_gaps(r, every):
         assert all(abs(v)<float('inf') for v in own_parts(p).values()) and own_parts(p)
         if not every: assert g['layer1.0.weight'].abs().max()>0
     ys = [c.given['target'] for c in calls if c.given.get('target') is not None]
-    if ys:                                                                       # it reads them, and got them as they are
+    if ys:                                           # it reads them, and got them as they are
         missing = torch.cat([y.isnan() if y.is_floating_point() else y==-100 for y in ys])
         assert missing.all() if every else missing.any() and not missing.all()
     for g in r.watch.loss_grads: assert finite(g)

@@ -205,7 +205,7 @@ def test_to_the_floor_and_back(opt):
         taus.append(loss.temperature.item())
     assert min(taus)==pytest.approx(.01) and taus[149]==pytest.approx(.01) and taus[-1]>.1
 
-def test_tau_learns_in_a_fit():
+def test_tau_learns_in_a_fit(teacher):
     "From `tau` on, as a column: the mean over the epoch's batches"
     taus,nce = [],InfoNCE(tau=.2, learn_tau=True)
     def note(l):

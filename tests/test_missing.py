@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner,Recorder,load_learner
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,MSELossFlat
-from fastai.metrics import F1Score,F1ScoreMulti,accuracy,accuracy_multi,foreground_acc
+from fastai.metrics import F1Score,F1ScoreMulti,accuracy,rmse,accuracy_multi,foreground_acc
 from torch import nn
 
 from fasterdistill.loss import DistillLoss,TaskLoss
@@ -489,7 +489,8 @@ def test_it_is_asked_for(teacher):
     for task,metric in (('classes',[accuracy]),('numbers',[])):
         t = net(8, classes=tasks[task][1], s=1)
         refused(make(task, [KD(t)], metrics=[accuracy] if task=='classes' else []), 'MissingLabels')
-    fit(make('classes', [KD(teacher)], loss=nn.CrossEntropyLoss()))            # -100 is what this one leaves out, and there is no metric to mislead
+    # -100 is what this one leaves out, and there is no metric to mislead
+    fit(make('classes', [KD(teacher)], loss=nn.CrossEntropyLoss()))
 
 def test_who_looks_after_them():
     class Own(MissingLabels): "One that does more"
@@ -502,11 +503,15 @@ def test_who_looks_after_them():
     (holes(Y[:32], empty=[]), nn.CrossEntropyLoss(ignore_index=255), [], 21),
     (holes(Y[:32], empty=[]), MSELossFlat(), [rmse], 0),                       # -100 is a number
     (holes(Y[:32]/9., nan, empty=[]), MSELossFlat(), [], 21),
-    (specks(Y[:32])[:3], BCEWithLogitsLossFlat(), [], 0)], ids=['metric','left out','another label','numbers','nan','single'])
+    (specks(Y[:32])[:3], BCEWithLogitsLossFlat(), [], 0)],
+    ids=['metric','left out','another label','numbers','nan','single'])
 def test_gaps_refused(y, criterion, metrics, n):
-    learn = make('classes', loss=criterion); learn.yb = (y,)
+    learn = make('classes', loss=criterion)
+    learn.yb = (y,)
     assert gaps(y, -100).all(1).sum()==n or n==0
     if n:
-        with pytest.raises(ValueError, match=f'^{n} of the 32 items of the first batch have no label'): refuse_gaps(learn, metrics)
+        with pytest.raises(ValueError, match=f'^{n} of the 32 items of the first batch have no label'):
+            refuse_gaps(learn, metrics)
     else: refuse_gaps(learn, metrics)
-    learn.add_cb(MissingLabels()); refuse_gaps(learn, metrics)
+    learn.add_cb(MissingLabels())
+    refuse_gaps(learn, metrics)

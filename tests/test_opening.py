@@ -1,4 +1,4 @@
-"What the opening of a fit costs in passes, what a second fit takes over, and that each thing is worked out in one place"
+"What the opening of a fit costs in passes, what a second fit takes over, and what a plan says"
 from functools import cached_property
 
 import pytest
@@ -61,7 +61,8 @@ def test_passes(name):
     assert opening(learn, teacher)==cost
     assert left(learn, teacher)==[]
 
-# of a second fit: one pass for the example, and the paths that the loss itself takes (FCFD draws one of each kind, TAS has one)
+# of a second fit: one pass for the example, and the paths that the loss itself takes
+# (FCFD draws one of each kind, TAS has one)
 seconds = dict(predictions=(1,1), layers_by_name=(1,1), stages=(1,1), tas=(1,2), fcfd=(2,2))
 
 @pytest.mark.parametrize('name', seconds)
@@ -85,7 +86,8 @@ def replace(learn, teacher):
 def freeze(learn, teacher): learn.model.layer1.requires_grad_(False)
 
 def resize(learn, teacher):
-    learn.add_cb(At('before_batch', lambda l: setattr(l, 'xb', (nn.functional.interpolate(l.xb[0], scale_factor=2),)), order=0))
+    def twice(l): l.xb = nn.functional.interpolate(l.xb[0], scale_factor=2),
+    learn.add_cb(At('before_batch', twice, order=0))
 
 @pytest.mark.parametrize('change,again', [(prune,(2,1)), (replace,(2,1)), (freeze,(2,1)), (resize,(2,2))])
 def test_what_has_changed_is_looked_at_again(change, again):

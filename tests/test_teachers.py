@@ -1,5 +1,6 @@
 "Every kind of teacher in a real fit: what it is given and says, numbers against plain PyTorch, and what is refused"
 import copy
+from functools import partial
 
 import pytest
 import torch
