@@ -149,14 +149,14 @@ def make(cls, seed=2):
 
 def alone(loss): return 0*TaskLoss()+loss
 
-def ready(cls, setting, bs=16, cbs=(), **kwargs):
-    "A Learner with the loss alone: the weight of the task loss is 0"
+def ready(cls, setting, bs=16, cbs=(), label=None, **kwargs):
+    "A Learner with the loss alone: the weight of the task loss is 0; `label` in the place of the setting's own"
     loss,student = make(cls)
     teacher = deepcopy(trained(setting)) if names(loss) & {'teacher_pred','fm_t','teacher'} else None
     kd,watch = KnowledgeDistillationCallback(teacher, alone(loss)),Watch(loss)
     watch.kd = kd
-    learn = Learner(data(setting.label, bs, **kwargs), student, loss_func=setting.criterion(), wd=0.,
-                    cbs=[kd,watch,*cbs])
+    dls = data(label or setting.label, bs, **kwargs)
+    learn = Learner(dls, student, loss_func=setting.criterion(), wd=0., cbs=[kd,watch,*cbs])
     return SimpleNamespace(learn=learn, kd=kd, loss=loss, student=student, teacher=teacher, watch=watch)
 
 def fit(r, f='fit', n=1):

@@ -305,11 +305,11 @@ def test_pairs_of_the_paper(teacher, student, cut_s, cut_t):
     cb = KD(timms(teacher)(), TaskLoss()+TAS())
     data = tuples([*torch.randn(2, 3, 224, 224)]*2, [0,1]*2, n=2, valid=2, bs=2)
     plan = cb.plan(learner(timms(student)(), data, loss_func=nn.CrossEntropyLoss(), cbs=cb, metrics=[]))
-    cut,feature = plan.rows[1]['layers']
+    cut,feature = plan.rows[1].layers
     assert cut.startswith(cut_s)
     assert f'→ {cut_t} ' in cut
     assert feature.startswith('embedding')
-    assert plan.rows[1]['value']>0
+    assert plan.rows[1].value>0
 
 # -- 4: BatchNorm
 
@@ -345,7 +345,7 @@ def test_plan_counts(kwargs, count):
     assert plan.learned==count
     assert_same(state(s), was[0])
     assert_same(state(t), was[1])
-    assert plan.rows[1]['layers']==[
+    assert plan.rows[1].layers==[
         'layer2 (8, 4, 4) → blocks.2 (17, 16)', 'embedding (fc:in) (16) → embedding (fc:in) (16)']
 
 def n_meet(tas): return sum(p.numel() for p in tas.meet.parameters())

@@ -437,7 +437,7 @@ def test_training(kind, name, kw, cut, earlier):
     assert not all(map(before, want))
 
     net.resume(cut, z.detach(), bn='update')
-    assert same(buffers, dict(model.named_buffers()))==(not net.norms)
+    assert same(buffers, dict(model.named_buffers()))==(not net.passes.norms)
 
 # ---- U-Nets ----
 

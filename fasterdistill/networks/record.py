@@ -170,7 +170,7 @@ def _prints(o):
 
 def _as_numbers(prints):
     "Lists of prints as Python's numbers, for which a GPU is waited for once"
-    flat = [p.double().cpu() for ps in prints for p in ps]
+    flat = [p for ps in prints for p in ps]
     numbers = iter(torch.stack(flat).tolist() if flat else ())
     return [[next(numbers) for _ in ps] for ps in prints]
 
