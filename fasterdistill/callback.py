@@ -118,7 +118,8 @@ class KnowledgeDistillationCallback(Quick):
     def state_dict(self):
         "What a fit that goes on needs of the losses; the student and the teacher are not in it"
         if self.loss is None: return dict(loss=None)
-        return dict(kept_parts(self.learned or LearnedParts(self.loss)), history=list(self.past))
+        parts = LearnedParts(self.loss) if self.learned is None else self.learned
+        return dict(kept_parts(parts), history=list(self.past))
     def load_state_dict(self, state):
         "Go on from what `state_dict` returned, at the next fit's first batch; `ValueError` if of another loss"
         check_kept(self.loss, state)

@@ -663,8 +663,8 @@ def test_ctrl_c_at_any_line():
     dirty = interrupted(150)
     assert len(dirty)<=1, dirty
 
-delicate = {'_open','attach','remove','_join_optimizer','_leave_optimizer','_close','tidy','setup','close','unhook',
-            'reading','rng_kept','_values'}
+delicate = {'open','attach','remove','join','leave','close','end','tidy','setup','unhook','fitting','around_fit',
+            'reading','rng_kept','first_batch','step'}
 
 @pytest.mark.parametrize('n', [120,pytest.param(None, marks=pytest.mark.slow)])
 def test_ctrl_c_while_opening_and_closing(n):

@@ -488,13 +488,13 @@ def test_criterion(task):
 def test_it_is_asked_for(teacher):
     for task,metric in (('classes',[accuracy]),('numbers',[])):
         t = net(8, classes=tasks[task][1], s=1)
-        refused(make(task, [KD(t)], metrics=[accuracy] if task=='classes' else []), 'MissingLabels')
+        refused(make(task, KD(t), metrics=[accuracy] if task=='classes' else []), 'MissingLabels')
     # -100 is what this one leaves out, and there is no metric to mislead
-    fit(make('classes', [KD(teacher)], loss=nn.CrossEntropyLoss()))
+    fit(make('classes', KD(teacher), loss=nn.CrossEntropyLoss()))
 
 def test_who_looks_after_them():
     class Own(MissingLabels): "One that does more"
-    for cb in (MissingLabels(),Own()): assert labels_of(make('classes', [At('after_fit', len),cb])) is cb
+    for cb in (MissingLabels(),Own()): assert labels_of(make('classes', At('after_fit', len), cb)) is cb
     assert labels_of(make('classes')) is None
 
 @pytest.mark.parametrize('y,criterion,metrics,n', [

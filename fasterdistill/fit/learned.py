@@ -35,8 +35,9 @@ def _mean_grads(params):
     "Gradients become their mean over the processes; one that is missing in all of them stays so"
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     there = [p.grad is not None for p in params]
-    flags = torch.tensor(there, dtype=torch.float32, device=params[0].device)
-    flat = torch.cat([*(g.float().flatten() for g in grads), flags])
+    wide = torch.float64 if any(g.dtype==torch.float64 for g in grads) else torch.float32
+    flags = torch.tensor(there, dtype=wide, device=params[0].device)
+    flat = torch.cat([*(g.to(wide).flatten() for g in grads), flags])
     dist.all_reduce(flat)
     *means,count = flat.split([*(p.numel() for p in params), len(params)])
     if not all(there): there = [n>0 for n in count.tolist()]
@@ -50,7 +51,10 @@ class LearnedParts:
         self.loss,self.params,self.learn = loss,[],None
         self.opt,self.known = None,{}                    # the optimizer they were in last, and what it knows of each
         self.joined,self.items = False,None              # whether they joined in this fit, and the list they are in now
-    def __len__(self): return sum(p.numel() for p in self.params)
+    @property
+    def count(self):
+        "How many numbers are learned in this fit"
+        return sum(p.numel() for p in self.params)
 
     def start(self, learn):
         "A fit of `learn` begins, and the parts are made"

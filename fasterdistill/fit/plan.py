@@ -98,7 +98,7 @@ class Plan:
     "What a fit would do: `rows`, a `Row` a term; `frame`, the same as a DataFrame; how much is `learned`; `advice`"
     def __init__(self, opening, terms):
         teacher = opening.teacher
-        self.rows,self.learned = [Row(t, opening) for t in terms],len(opening.learned)
+        self.rows,self.learned = [Row(t, opening) for t in terms],opening.learned.count
         self.sizes = [_count(opening.learn.model.parameters()),
                       sum(_count(n.parameters()) for n in teacher.networks()) if teacher is not None else 0]
         self.student,self.teacher,self.loss = type(opening.student).__name__,repr(teacher),_whole(terms)

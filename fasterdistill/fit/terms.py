@@ -166,7 +166,7 @@ class Terms:
     def mixed(self, task, total, share):
         "The Learner's loss from the task loss and the sum of the terms (None where none counted)"
         if self.whole: return task*0 if total is None else total
-        return task if total is None else task.lerp(total, share)
+        return task if total is None else task.lerp(total.to(task.dtype), share)
 
 def _spec(loss, activations):
     "Which layers a loss reads, `(student's, teacher's)`"
