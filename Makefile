@@ -8,7 +8,7 @@ BIN      = $(VENV)/bin
 READY    = $(VENV)/.ready
 DEMO     = $(VENV)/.demo
 NBTEST   = OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --timing
-PYTEST   = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations 15
+PYTEST   = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations 15
 
 export PATH := $(abspath $(BIN)):$(PATH)
 

@@ -501,7 +501,7 @@ processes = 'soft_target','fitnet','fcfd'
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory): return test_processes.two(tmp_path_factory.mktemp('two'), processes)
 
-@pytest.mark.parametrize('column,name', zip(columns, processes))
+@pytest.mark.parametrize('column,name', list(zip(columns, processes)))
 def test_two_processes(two_processes, column, name):
     "As one with the whole batch"
     test_processes.check(name, *two_processes[name])
