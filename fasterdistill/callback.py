@@ -19,7 +19,7 @@ from .fit.opening import Opening
 from .fit.plan import Plan,a_batch,devices_kept
 from .fit.teaching import Quick,Teaching,around_fit
 from .fit.terms import Terms
-from .loss import as_loss
+from .loss import as_loss,shown
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
 from .task import task_kind
 from .teachers.teacher import as_teacher,task_criterion
@@ -36,7 +36,7 @@ class KnowledgeDistillationCallback(Quick):
         loss=None,                # A loss, a sum, a class, or a function as fasterai's; by default what suits the task
         activations_student=None, # Layer(s) of the student, where one loss reads activations and does not say `.at`
         activations_teacher=None, # Layer(s) of the teacher, likewise
-        weight=0.5,               # Share of distillation, 0 to 1 or a function of `pos`; not beside `TaskLoss()
+        weight=0.5,               # Share of distillation, 0 to 1 or a function of `pos`; not beside `TaskLoss()`
         schedule=None,            # A function of `pos` that multiplies `weight`
         output=None,              # The student's prediction in a tuple or dict: a position, a key or a function
         columns=True,             # Show each loss and the agreement with the teacher in the training table
@@ -54,7 +54,7 @@ class KnowledgeDistillationCallback(Quick):
     def __repr__(self):
         usual = dict(weight=.5, schedule=None, output=None)
         said = {k: getattr(self, k) for k,v in usual.items() if getattr(self, k)!=v}
-        more = ''.join(f', {k}={getattr(v, "__name__", repr(v))}' for k,v in said.items())
+        more = ''.join(f', {k}={shown(v)}' for k,v in said.items())
         return f'{type(self).__name__}({self.teacher!r}, {self.loss!r}{more})'
     def __reduce__(self): return Callback,()             # a pickled Learner loads where this package is not
     def __deepcopy__(self, memo):

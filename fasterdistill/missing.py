@@ -11,7 +11,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import GetAttr
-from .networks.record import plain
+from .networks.record import lifted,plain
 from .task import class_axis,ignored_label,task_kind
 from .teachers.teacher import task_criterion
 
@@ -89,7 +89,7 @@ def _by_entry(pred, y, keep, criterion, metrics=()):
 # %% ../nbs/05_missing.ipynb #c006h
 def _zero(pred):
     "A 0 that one can go back from, whatever the prediction is"
-    if isinstance(pred, torch.Tensor): return plain(pred)[:0].float().sum()
+    if isinstance(pred, torch.Tensor): return lifted(pred)[:0].sum()
     return sum(_zero(o) for o in (pred.values() if isinstance(pred, dict) else pred))
 
 def _spread(loss, keep):

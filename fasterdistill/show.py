@@ -8,7 +8,7 @@ __all__ = ['colors', 'show_layers', 'plot_parts', 'show_attention', 'predictions
 # %% ../nbs/12_show.ipynb #c002
 import math
 import matplotlib.pyplot as plt,numpy as np,pandas as pd,torch
-from .networks.record import plain,reading,record,tupled
+from .networks.record import look,plain,reading,tupled
 from .networks.stages import activation,stages,to_map
 from .losses.attention import attention_map
 from .networks.net import Net
@@ -30,7 +30,7 @@ def show_layers(
 ):
     "A table of the layers of `model` as they ran on `x`, which is run in evaluation mode and left as it was"
     xb = tupled(x)
-    with reading(model): rec = record(model, *xb)
+    rec = look(model, x)
     ends = {s.name: f'stage{i+1}' for i,s in enumerate(stages(model, x, rec))}
     net = Net(model, x) if cuts else None
     rows = []

@@ -1,5 +1,6 @@
 "What the opening of a fit costs in passes, what a second fit takes over, and what a plan says"
 from functools import cached_property
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from torch import nn
 
 from common import KD,At,get_dls,learner,left,net,state
 from fasterdistill.fit.batch import Batch
+from fasterdistill.fit.columns import Columns
+from fasterdistill.fit.terms import Terms
 from fasterdistill.loss import READS,TaskLoss
 from fasterdistill.losses import FCFD,TAS,Attention,FitNet,SoftTarget
 from fasterdistill.networks import Net
@@ -178,3 +181,26 @@ def test_plan_asks_the_learners_loss_function():
     with pytest.raises(ZeroDivisionError, match='of the loss function'): learn.knowledge_distillation.plan()
     fine = learner(small(), cbs=KD(small(6, s=1), SoftTarget()))
     assert fine.knowledge_distillation.plan().task>0
+
+def test_plan_writes_functions_by_name():
+    "A weight that is a function, in the table as in the expression"
+    def late(epoch): return float(epoch>0)
+    learn = learner(small(), cbs=KD(small(6, s=1), TaskLoss()+late*SoftTarget()))
+    plan = learn.knowledge_distillation.plan()
+    assert plan.rows[1].weight=='late'
+    assert ' at 0x' not in repr(plan)
+
+def test_columns_keep_float64():
+    "A third, which float32 does not hold"
+    columns = Columns(SimpleNamespace(kind=None), Terms(TaskLoss()))
+    columns.note('task_loss', torch.tensor(1/3, dtype=torch.float64))
+    columns.end_epoch()
+    assert columns.last('task_loss')==1/3
+
+def test_a_place_is_tried_again_where_something_else_is_read():
+    "What is known of it says which of the layers read come behind it"
+    model,x,known = small().eval(),torch.randn(4, 1, 8, 8),{}
+    first = Net(model, x, ['layer1','layer2'], sizes=known)
+    assert list(first.resume('layer1', model.layer1(x)).fm)==['layer2']
+    second = Net(model, x, ['layer1','layer3'], sizes=known)
+    assert list(second.resume('layer1', model.layer1(x)).fm)==['layer3']

@@ -208,3 +208,21 @@ def test_imports():
     for module,found in res:
         banned = never+learner if place(module)<order.index('teachers.codes') else never
         assert not set(found)&set(banned), f'importing {lib}.{module} imports {found}'
+
+_stars = '''
+import importlib,json
+ours = importlib.import_module(f'{lib}.all')
+res = {}
+for name in ('vision.all','text.all','tabular.all','collab'):
+    theirs = vars(importlib.import_module(f'fastai.{name}'))
+    res[name] = [n for n in ours.__all__ if n in theirs and theirs[n] is not getattr(ours, n)]
+print(json.dumps([len(ours.__all__),res]))
+'''
+
+def test_star_import():
+    "After one of fastai's own it gives no name another meaning"
+    r = subprocess.run([sys.executable, '-c', f'lib = {lib!r}'+_stars], capture_output=True, text=True, cwd=root)
+    assert r.returncode==0, r.stderr
+    n,taken = json.loads(r.stdout.splitlines()[-1])
+    assert n>30
+    assert taken=={name: [] for name in ('vision.all','text.all','tabular.all','collab')}

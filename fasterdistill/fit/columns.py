@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from fastai.learner import ValueMetric
 from ..losses.logits import SoftTarget
+from ..networks.record import lifted
 from ..task import class_axis
 
 # %% ../../nbs/fit/04_columns.ipynb #c001
@@ -23,7 +24,7 @@ class Mean:
     def value(self):
         "None where nothing was added"
         if not self.n: return None
-        return sum(torch.stack([v.float() for v in self.values]).tolist())/self.n
+        return sum(torch.stack([lifted(v) for v in self.values]).tolist())/self.n
 
 # %% ../../nbs/fit/04_columns.ipynb #c004
 class Column(ValueMetric):
@@ -49,11 +50,11 @@ class Columns:
     def __init__(self, task, terms, history=None):
         self.agreement,self.parts = _agreement(task, terms),{}
         self.history = [] if history is None else history
-        names = [t.name for t in terms] + ['agreement']*bool(self.agreement)
+        self.names = [t.name for t in terms] + ['agreement']*bool(self.agreement)
+        self.logged = {}                                 # for each term the columns of what it logs
         for t in terms:
-            t.columns = {n: f'{t.name}_{n}' if n in names else n for n in t.loss.logs}
-            names += t.columns.values()
-        self.names = names
+            self.logged[t.name] = {n: f'{t.name}_{n}' if n in self.names else n for n in t.loss.logs}
+            self.names += self.logged[t.name].values()
         self.start_epoch()
     def show(self, learn):
         "Add the columns to a Learner's table; the task loss is there already"
@@ -70,7 +71,7 @@ class Columns:
     def note_term(self, term, value):
         "A term's value on this batch, and what it logged"
         self.note(term.name, value)
-        for n,v in term.loss.take_logged().items(): self.note(term.columns[n], v)
+        for n,v in term.loss.take_logged().items(): self.note(self.logged[term.name][n], v)
     def note_agreement(self, batch):
         "The share of items (pixels, positions) of which both say the same; under MixUp and CutMix there is none"
         if not self.agreement or not batch.asked or batch.task.mixer is not None: return

@@ -8,6 +8,7 @@ __all__ = ['a_batch', 'devices_kept', 'Row', 'advice', 'Plan']
 # %% ../../nbs/fit/06_plan.ipynb #h002
 from contextlib import contextmanager
 import pandas as pd
+from ..loss import shown
 from ..networks.record import rng_kept
 
 # %% ../../nbs/fit/06_plan.ipynb #p001
@@ -57,7 +58,7 @@ class Row:
     "A term as a line of the plan"
     def __init__(self, term, opening):
         self.term,self.value = term,opening.values.get(term.name)
-        self.weight = '*'.join(map(str, term.weights)) or '1'
+        self.weight = '*'.join(map(shown, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
         self.first = term.weight(0., 0.)                 # of the fit's first step
         read = [(term.layers[who],side) for who,side in opening.sides.items() if term.layers[who]]
@@ -134,7 +135,5 @@ def _left(frame):
 def _whole(terms):
     "The loss of a fit, with its share where it is mixed with the Learner's"
     if terms.whole: return repr(terms)
-    share = repr(terms.weight) if terms.schedule is None else f'{terms.weight!r}*{_name(terms.schedule)}'
+    share = '*'.join(shown(w) for w in (terms.weight,terms.schedule) if w is not None)
     return f"lerp(the Learner's loss, {terms!r}, {share})"
-
-def _name(f): return getattr(f, '__name__', repr(f))

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import torch
 from ..networks.names import find_layer
 from ..networks.net import Net
-from ..networks.record import cloned,lifted,plain,reading,record,tensors
+from ..networks.record import cloned,lifted,look,plain,reading,record,tensors
 from ..networks.stages import describe,stages
-from ..networks.taps import Taps,activations,look,overwritten
+from ..networks.taps import Taps,activations,overwritten
 
 # %% ../../nbs/fit/01_side.ipynb #s001
 def fingerprint(model, xb):
@@ -27,7 +27,7 @@ class Findings:
         self.of = fingerprint(model, xb)
         self.rec,self.stages = None,None                 # the order of its calls, where its stages end
         self.layers,self.copies = {},{}                  # `Layer`s by name, and whether they are overwritten later
-        self.sizes = {}                                  # for each size of inputs the places where it was cut
+        self.sizes = {}                                  # places where it was cut, as `Passes` keeps them
     def hold(self, model, xb):
         "Whether they are of this network as it is"
         return self.of==fingerprint(model, xb)
@@ -76,7 +76,7 @@ class Side:
     @property
     def rec(self):
         "The order of its calls, a `Record`"
-        if self.found.rec is None: self.found.rec = look(self.model, {}, self.given).bare()
+        if self.found.rec is None: self.found.rec = look(self.model, self.given).bare()
         return self.found.rec
     @property
     def stages(self):

@@ -63,7 +63,6 @@ class Term:
         self.weight = weigher(weights)                   # of `pos` and `epoch`
         self.reads,self.builds = loss.reads,loss.build_reads
         self.layers = dict(student={}, teacher={})       # {key: name}, known from the first batch on
-        self.columns = {n: n for n in loss.logs}         # what it logs: the name of its column
     @property
     def names(self): return self.reads.keys() | self.builds.keys()
     @property

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 from fastcore.basics import store_attr
 from torch import nn
-from .record import reading,record,tupled
+from .record import look
 from .stages import ends_of_parts,is_grid,stages
 
 # %% ../../nbs/networks/02_names.ipynb #c023
@@ -51,7 +51,7 @@ class Asked:
         if self.rec is None:
             if self.x is None:
                 raise ValueError(f'to find {self.name!r} in the {self.who} it has to run: give an example input `x`')
-            with reading(self.model): self.rec = record(self.model, *tupled(self.x))
+            self.rec = look(self.model, self.x)
         return self.rec
 
     @cached_property

@@ -14,8 +14,8 @@ from fastcore.foundation import L
 from torch.nn.modules.batchnorm import _NormBase
 from .cuts import Forward,Trial
 from .names import find_layer
-from .record import eager,lifted,plain,tensors,tupled
-from .taps import Hook,Taps,look
+from .record import eager,lifted,look,plain,tensors,tupled
+from .taps import Hook,Taps
 
 # %% ../../nbs/networks/05_net.ipynb #c010
 @contextmanager
@@ -79,7 +79,7 @@ class Passes:
         self.out = out or (lambda o: o)                  # and to its outputs
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         self.memory,self.names = Memory(model, self.norms),{}
-        self.sizes = {} if sizes is None else sizes      # for each size of inputs the places tried
+        self.sizes = {} if sizes is None else sizes      # for each size of inputs, and what is read, the places tried
         self.xb,self.around,self.seen,self.size = None,nullcontext,None,None
     def at(self, xb, around=nullcontext, seen=None):
         self.xb,self.around,self.seen = xb,around,seen
@@ -117,7 +117,7 @@ class Passes:
         xb = self.inputs()
         if xb is not None: self.size = tuple((tuple(o.shape[1:]), o.dtype) for o in tensors(xb))
         if self.size is None: raise ValueError(f'to resume the {self.who} it needs an example input: Net(model, x)')
-        known = self.sizes.setdefault(self.size, {})
+        known = self.sizes.setdefault((self.size,frozenset(self.read.values())), {})
         if (new := {n: self.find(n) for n in names if n not in known}):
             trial = Trial(self.model, self.who, xb, self.whole(new, xb), self.out, self.read)
             known.update(trial(new))
@@ -125,7 +125,7 @@ class Passes:
     def whole(self, layers, xb):
         "A `Record` of the network with what `layers` return: the one at hand, or one made now"
         if self.seen and all(map(self.seen.activation, layers.values())): return self.seen
-        return look(self.model, {**self.read, **layers}, xb, prints=True)
+        return look(self.model, xb, {**self.read, **layers}.values(), prints=True)
 
 # %% ../../nbs/networks/05_net.ipynb #p002
 View = namedtuple('View', 'pred fm')

@@ -10,7 +10,7 @@ from itertools import groupby
 from math import isqrt,log2,prod
 from typing import NamedTuple
 import torch
-from .record import Info,reading,record,tupled
+from .record import Info,look
 
 # %% ../../nbs/networks/01_stages.ipynb #c012
 class Stage(NamedTuple):
@@ -323,8 +323,7 @@ def stages(
     rec=None, # The `Record` of a pass on `x`
 ):
     "Where a network's stages end: a list of `Stage`, shallow to deep; empty if it has no maps or tokens on the way"
-    if rec is None:
-        with reading(model): rec = record(model, *tupled(x))
+    if rec is None: rec = look(model, x)
     outs = Outputs(rec, x)
     res = _stated(model, outs) or _found(outs, outs.hw)
     if len(res)<2 and outs.hw: res = _found(outs, None) or res        # maps that keep no proportions

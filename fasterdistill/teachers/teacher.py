@@ -16,7 +16,7 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from torch import nn
 from ..loss import DistillLoss
-from ..networks.record import plain,tupled
+from ..networks.record import device_of,plain,tupled
 from ..task import class_axis,task_kind
 from .codes import ClassOrder,Scale,Way,listed,stats_of
 from .tables import codes_between
@@ -144,7 +144,7 @@ class Frozen(Teacher):
 
     def setup(self, learn):
         self.close()
-        device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
+        device = device_of(learn.model)
         self.way = self._way(learn, device)
         self.was = _AsItWas(self.model)
         self.model.to(device).eval().requires_grad_(False)
