@@ -4,7 +4,7 @@ from pathlib import Path
 page = Path(__file__).parents[1]/'nbs'/'works_with.md'
 
 class Matrix:
-    "Cells found so far, `{(row,column): '✓' or '✗ why'}`, of the tables in `parts`, `{title: [rows]}`"
+    "Cells found so far, `{(row,column): '✓', '✓ with …' or '✗ why'}`, of the tables in `parts`, `{title: [rows]}`"
     def __init__(self): self.columns,self.parts,self.cells = (),{},{}
 
     def dump(self):
@@ -63,6 +63,9 @@ intro = (
     'The columns are the loss that is picked for the task (`KnowledgeDistillationCallback(teacher)`), '
     'a feature loss with learned adapters (`TaskLoss()+FitNet()`), '
     'and one that runs parts of both networks again (`TaskLoss()+FCFD()`). '
+    'Where that line is refused because its layers have to be named, '
+    'the cell says what was written behind the loss, as in `TaskLoss()+FitNet().at(…)`; '
+    'the names are those of the networks in that row. '
     '✗ is refused before anything is trained; – was not tried; the reasons are below.\n\n')
 
 found = Matrix()

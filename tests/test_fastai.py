@@ -52,13 +52,12 @@ def found(row, column, what='✓'): matrix.found.cells[row,column] = what
 
 # ---- a row is a task and a way of training ----
 
-
-# ---- a row is a task and a way of training ----
-
 class Task(SimpleNamespace):
-    "`make(width, seed)` a network, `dls()`, `loss()`, what `kd` is by hand, and the layers losses find or are told"
+    """`make(width, seed)` a network, `dls()`, `loss()`, what `kd` is by hand, and layers: those that losses find
+    by themselves; for FitNet (`told`) and FCFD (`cuts`), what `.at` is given where they find none"""
     found = ['layer1','layer2','layer3']
-    told,cuts,output,lr = None,None,None,lr
+    told = cuts = output = None
+    lr = lr
     make = staticmethod(lambda w, s: net(w, s=s))
     taught = staticmethod(lambda t: t)                                  # the same teacher as the callback gets it
     loss = CrossEntropyLossFlat
@@ -66,15 +65,22 @@ class Task(SimpleNamespace):
     select = staticmethod(lambda o: o)
     def dls(self): return get_dls(shuffle=False)
     def kd(self, s, t, y, T=4.): return kl_each(s, t, T).mean()
-    def pairs(self, column):
-        if column==columns[0]: return [],[]
-        if column==columns[1]: return self.told or (self.found[-1:],self.found[-1:])
-        return (self.cuts or self.found,)*2
+    def to_find(self, column): return {columns[0]: [], columns[1]: self.found[-1:], columns[2]: self.found}[column]
+    def term(self, column):
+        "The column's loss as a reader has to write it: bare, or where that is refused, with its layers named"
+        loss,layers = (FitNet(),self.told) if column==columns[1] else (FCFD(),self.cuts)
+        return loss.at(*layers) if layers and self.refuses(loss) else loss
+    def refuses(self, loss):
+        with floating(torch.float32):
+            learn = learner(self.make(4, 0), self.dls(), loss_func=self.loss(), metrics=[], cbs=self.cbs())
+            try: KD(self.teaching(self.make(8, 1)), TaskLoss()+loss, output=self.output).plan(learn)
+            except ValueError: return True
+        return False
+    def teaching(self, teacher): return teacher if self.output is None else Frozen(teacher, output=self.output)
     def callback(self, column, teacher, weight=None):
-        t = Frozen(teacher, output=self.output) if self.output is not None else teacher
+        t = self.teaching(teacher)
         if column==columns[0]: return KD(t, output=self.output, **({} if weight is None else dict(weight=weight)))
-        loss,told = (FitNet(),self.told) if column==columns[1] else (FCFD(),self.cuts and [self.cuts])
-        if told: loss = loss.at(*told)
+        loss = self.term(column)
         return KD(t, TaskLoss()+(loss if weight is None else weight*loss), output=self.output)
 
 def fit(learn, cbs): learn.fit(2, cbs=cbs)
@@ -102,8 +108,13 @@ def outcome(learn, res, losses, term):
     return SimpleNamespace(weights=state(learn.model), learned={} if term is None else state(term), losses=losses.vals,
                            valid=[v for v in valid if isinstance(v, float)], res=res, rows=len(learn.recorder.losses))
 
+def read_by(cb):
+    "The layers that a loss reads in the fit under way, the student's and the teacher's"
+    terms = list(cb.teaching.terms)
+    return [[n for t in terms for n in t.layers[who].values()] for who in ('student','teacher')]
+
 def with_callback(task, way, column, path):
-    "What comes of the fit, and a copy of the loss as it began"
+    "What comes of the fit; a copy of the loss as it began, the layers it reads, and how it is written"
     teacher = way.teacher(task.make(8, 1).train())
     given = task.taught(teacher)
     asked = given.model if isinstance(given, Learner) else given
@@ -111,19 +122,25 @@ def with_callback(task, way, column, path):
     had,was = left(learn, asked),state(asked)
     cb = task.callback(column, given, way.weight)
     def keep(l):
-        if l.training and not start: start.append(copy.deepcopy(cb.loss))
+        if l.training and not start: start.extend((copy.deepcopy(cb.loss),read_by(cb)))
     seed(3)
     res = way.run(learn, [cb,At('after_pred', keep),losses])
     assert left(learn, asked)==had
     assert cb.history or way.cut
     assert_same(was, state(asked), 'the teacher')
-    return outcome(learn, res, losses, None if column==columns[0] else cb.loss.losses[1]),start[0]
+    term = None if column==columns[0] else cb.loss.losses[1]
+    if not named(term): assert start[1]==[task.to_find(column)]*2
+    return outcome(learn, res, losses, term),*start,named(term)
 
-def by_hand(task, way, column, path, start, *more):
+def named(term):
+    "What stands behind the loss of a term, `.at(…)` or nothing"
+    return '' if term is None else repr(term).removeprefix(f'{type(term).__name__}()')
+
+def by_hand(task, way, column, path, start, pairs, *more):
     "The same of a Learner whose loss function distils, from the learned parts of the loss `start` on"
     learn,losses = made(task, way, path),StepLosses()
     teacher = way.teacher(task.make(8, 1).train())
-    own = learn.loss_func = Written(learn, task, column, teacher, start, way.weight)
+    own = learn.loss_func = Written(learn, task, column, teacher, start, pairs, way.weight)
     split = learn.splitter if way.splitter else lambda m: [list(m.parameters())]
     def splitter(m):
         *groups,last = split(m)
@@ -160,14 +177,15 @@ def equal(a, b, tol=1e-10):
         assert_close(a.learned, b.learned, tol)
 
 def compare(task, column, path, way):
-    "With the callback as by hand: in float64 to 1e-10, in half precision to what one rounding of the inputs changes"
+    """With the callback as by hand: in float64 to 1e-10, in half precision to what one rounding of the inputs changes.
+    Returns what a cell says: ✓, and what a reader has to write behind the loss"""
     with floating(way.dtype):
-        a,start = with_callback(task, way, column, path/'a')
-        hand = partial(by_hand, task, way.differently(), column)
-        b = hand(path/'b', copy.deepcopy(start))
-        if way.dtype==torch.float64: return equal(a, b)
-        moved = apart(b, hand(path/'c', copy.deepcopy(start), Rounded()))
-    equal(a, b, min(moved, 2e-3))
+        a,start,pairs,at = with_callback(task, way, column, path/'a')
+        def hand(path, *more): return by_hand(task, way.differently(), column, path, copy.deepcopy(start), pairs, *more)
+        b,tol = hand(path/'b'),1e-10
+        if way.dtype!=torch.float64: tol = min(apart(b, hand(path/'c', Rounded())), 2e-3)
+    equal(a, b, tol)
+    return f'✓ with `{at}`' if at else '✓'
 
 # ---- tasks ----
 
@@ -318,10 +336,10 @@ def torch_loaders():
     return DataLoaders(*(DataLoader(TensorDataset(X[at], Y[at]), 32) for at in (slice(0, 96),slice(96, 160))))
 
 def first(o): return o[0] if isinstance(o, tuple) else o
-def twice_at(*layers): return list(layers),list(layers)
 
-classified = dict(dls=snippets, cbs=rnn, select=first, told=twice_at('1.layers.0'), cuts=['1.layers.0.1','1.layers.0'])
-tabled = dict(make=tabular, dls=rows_and_columns, told=twice_at('layers.1'), cuts=['layers.0','layers.1'])
+classified = dict(dls=snippets, cbs=rnn, select=first, told=['1.layers.0'],
+                  cuts=[['1.layers.0.1','1.layers.0']])
+tabled = dict(make=tabular, dls=rows_and_columns, told=['layers.1'], cuts=[['layers.0','layers.1']])
 tasks = {
     'single-label images': Task(),
     'multi-label images': Task(
@@ -332,29 +350,28 @@ tasks = {
         kd=lambda s,t,y,T=None: (s-t).pow(2).mean()),
     'segmentation (unet, ignore_index)': Task(
         make=unet, dls=masks, loss=partial(CrossEntropyLossFlat, axis=1, ignore_index=255), kd=masked, lr=.005,
-        found=['layers.0.1','layers.3'], cuts=['layers.8','layers.9']),             # behind the last skip connection
+        found=['layers.0.1','layers.3'], cuts=[['layers.8','layers.9']]),           # behind the last skip connection
     'text classification (AWD_LSTM)': Task(make=classifier, **classified),
     'language model (AWD_LSTM)': Task(
-        make=language, dls=stream, cbs=rnn, select=first, told=twice_at('0.rnns.1[0]'), kd=tokenwise,
-        cuts=['0.rnns.1[0]','1.decoder']),
+        make=language, dls=stream, cbs=rnn, select=first, told=['0.rnns.1[0]'], kd=tokenwise,
+        cuts=[['0.rnns.1[0]','1.decoder']]),
     'tabular (two inputs)': Task(**tabled),
-    'a dict as output (output=)': Task(
+    'a dict as output (output=, for both networks)': Task(
         make=lambda w,s: Named(net(w, s=s)), loss=OfDict, select=lambda o: o['out'], output='out',
         found=['m.layer1','m.layer2','m.layer3']),
     'plain torch DataLoaders': Task(dls=torch_loaders),
     'a teacher with other table codes': Task(taught=other_codes, **tabled),
     'a teacher with other word numbers': Task(make=classifier, taught=other_words,
                                               **classified|dict(dls=named_snippets)),
-    'Hugging Face networks (ViT)': Task(
+    'Hugging Face networks (ViT; output=)': Task(
         make=vit, loss=partial(OfDict, 'logits'), select=lambda o: o['logits'], output='logits',
-        told=twice_at(blocks[-1]), cuts=blocks, lr=.01),
+        found=['vit[last_hidden_state]'], cuts=[blocks], lr=.01),
 }
 
 @pytest.mark.parametrize('column', columns)
 @pytest.mark.parametrize('name', tasks)
 def test_task(name, column, tmp_path):
-    compare(tasks[name], column, tmp_path, Way())
-    found(name, column)
+    found(name, column, compare(tasks[name], column, tmp_path, Way()))
 
 # ---- ways of training ----
 
@@ -491,8 +508,7 @@ def test_way(name, column, tmp_path):
         says = 'can be read inside from torch 2.6 on'                  # test_compile.py holds the words
         with pytest.raises(ValueError, match=says): check()
         return found(name, column, '✗ from torch 2.6 on')
-    check()
-    found(name, column)
+    found(name, column, check())
 
 # ---- more than one process or device ----
 

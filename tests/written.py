@@ -33,8 +33,8 @@ class Formula(nn.Module):
 
 def layer(model, name):
     "The module, and which item of what it returns is meant (all of it: None)"
-    name,_,item = name.partition('[')
-    return model.get_submodule(name),int(item[:-1]) if item else None
+    name,_,item = name.removesuffix(']').partition('[')
+    return model.get_submodule(name),int(item) if item.isdecimal() else item or None
 
 def plain(x): return real(x.as_subclass(torch.Tensor))
 
@@ -53,13 +53,14 @@ class Layers:
 # ---- the loss function ----
 
 class Written:
-    "The Learner's loss function, that distils as well while training; `loss` holds the learned parts it starts with"
-    def __init__(self, learn, task, column, teacher, loss, weight=None):
+    """The Learner's loss function, that distils as well while training.
+    `loss` holds the learned parts it starts with, `pairs` the layers of student and teacher"""
+    def __init__(self, learn, task, column, teacher, loss, pairs, weight=None):
         self.base,self.learn,self.task,self.teacher,self.weight = learn.loss_func,learn,task,teacher.eval(),weight
         self.term = None if column==columns[0] else loss.losses[1]
         self.distil = dict(zip(columns, (self.soft,self.hints,self.mixed)))[column]
         if column==columns[2]: self.term.kd = Formula(partial(task.kd, T=4.))
-        self.s,self.t = task.pairs(column)
+        self.s,self.t = pairs
         self.maps = Layers(learn.model, self.s)
         self.begins = learn.model.register_forward_pre_hook(self.begin)
         self.xb = self.key = self.shape = None
