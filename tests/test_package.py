@@ -101,7 +101,7 @@ order = '''networks.record networks.stages networks.names networks.taps networks
     companion weight loss task losses expressions
     teachers.codes teachers.tables teachers.teacher state missing
     fit.terms fit.side fit.batch fit.learned fit.columns fit.opening fit.plan fit.teaching
-    callback checkpoint show demo cli all'''.split()
+    callback checkpoint show demo examples cli all'''.split()
 
 def place(module):
     "Its number in the order; the losses share one"
@@ -146,6 +146,10 @@ def test_arrows_go_one_way(module):
     for other,_ in imports(module):
         sisters = place(other)==place(module) and other!=module
         assert place(other)<place(module) or sisters, f'{module} imports {other}, which comes after it'
+
+def test_examples_are_for_lessons():
+    "What lessons share is no part of the package: nothing in it stands on the examples, and the star leaves them out"
+    assert [m for m in files if any(other=='examples' for other,_ in imports(m))]==[]
 
 def test_no_circle():
     TopologicalSorter({m: {o for o,_ in imports(m)} for m in files}).prepare()
