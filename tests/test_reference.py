@@ -16,10 +16,12 @@ from torch import nn
 
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.dist import DIST
 from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.ofa import OFALogits
 
 folder = Path(__file__).parent/'vectors'
@@ -137,7 +139,11 @@ def dkd(v, i, **kwargs): return DKD(**row(v, i, 'alpha_beta_T', 'alpha', 'beta',
 logit_refs += [
     Ref('dkd', dkd, labelled, 'out_dkd', of_zs, ordinary),
     Ref('logit_standardization', partial(dkd, standardize=True), labelled, 'out_dkd', {pred:'grad_zs_dkd'}, ordinary,
-        id='logit_standardization-dkd')]
+        id='logit_standardization-dkd'),
+    Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
+    Ref('dist', lambda v,i: DIST(**row(v, i, 'beta_gamma_tau', 'beta', 'gamma', 'tau')), logits, 'out_dist', of_zs,
+        ordinary),
+]
 
 def attention_ref(map, p, form):
     differentiated = form=='code' and (map,p) in (('sum',1),('sum',2),('max',2))
@@ -271,6 +277,22 @@ def np_dkd(l, **given):
         return l.T**2*(l.alpha*kl_of(against_rest(t, y), against_rest(s, y)) + l.beta*others)
     return by_label(one, **given)
 
+def np_nkd(l, target, **given):
+    def one(s, t, y):
+        own = 0. if y is None else -softmax(t)[y]*log_softmax(s)[y]
+        q,log_q = softmax(without(t, y)/l.T),log_softmax(without(s, y)/l.T)
+        return own-l.gamma*l.T**2*sum(a*b for a,b in zip(q, log_q, strict=True))
+    return by_label(one, target=target.argmax(1) if target.dtype.kind=='f' else target, **given)
+
+def correlation(a, b):
+    a,b = a-a.mean(),b-b.mean()
+    return (a*b).sum()/(np.sqrt((a**2).sum())*np.sqrt((b**2).sum())+1e-8)
+
+def np_dist(l, pred, teacher_pred):
+    s,t = (np.array([softmax(r/l.tau) for r in rows(o)]) for o in (pred,teacher_pred))
+    inter,intra = ([correlation(a, b) for a,b in zip(*o, strict=True)] for o in ((s,t),(s.T,t.T)))
+    return l.tau**2*(l.beta*(1-np.mean(inter))+l.gamma*(1-np.mean(intra)))
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -311,7 +333,7 @@ def np_infonce(l, fm_s, fm_t):
 
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
-    OFALogits:np_ofa, InfoNCE:np_infonce, DKD:np_dkd}
+    OFALogits:np_ofa, InfoNCE:np_infonce, DKD:np_dkd, NKD:np_nkd, DIST:np_dist}
 
 # ---- other seeds and odd shapes ----
 
@@ -370,6 +392,10 @@ derived = [
       for (g,t),form,labels in product([(1.,1.),(1.3,1.),(2.5,4.)], forms, (labelled_logits,softly_labelled))],
     *[(DKD(alpha=a, beta=b, T=t, standardize=st), labels(5, 37))
       for (a,b,t),st,labels in product([(1.,8.,4.),(2.,.5,1.)], (False,True), (labelled_logits,gappy,mixed))],
+    *[(NKD(gamma=g, T=t), labels(5, 37))
+      for (g,t),labels in product([(1.5,1.),(3.5,3.)], (labelled_logits,softly_labelled,gappy,mixed))],
+    (NKD(), labelled_logits(1, 2)), (NKD(T=2.), labelled_logits(4, 5, 3, 2)),
+    *[(DIST(beta=b, gamma=g, tau=t), odd) for b,g,t in ((1.,1.,1.),(2.,.5,4.))], (DIST(), dense),
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
