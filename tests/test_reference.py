@@ -23,6 +23,8 @@ from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.wttm import WTTM
 
 folder = Path(__file__).parent/'vectors'
 dtypes = [torch.float64,torch.float32]
@@ -140,6 +142,10 @@ logit_refs += [
     Ref('dkd', dkd, labelled, 'out_dkd', of_zs, ordinary),
     Ref('logit_standardization', partial(dkd, standardize=True), labelled, 'out_dkd', {pred:'grad_zs_dkd'}, ordinary,
         id='logit_standardization-dkd'),
+    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled, 'out_rld',
+        of_zs, ordinary),
+    *[Ref('wttm', lambda v,i,weighted=weighted: WTTM(gamma=gamma(v,i), weighted=weighted), logits, f'out_{name}',
+          {pred:f'grad_zs_{name}'}, ordinary, id=name) for name,weighted in dict(wttm=True, ttm=False).items()],
     Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
     Ref('dist', lambda v,i: DIST(**row(v, i, 'beta_gamma_tau', 'beta', 'gamma', 'tau')), logits, 'out_dist', of_zs,
         ordinary),
@@ -293,6 +299,22 @@ def np_dist(l, pred, teacher_pred):
     inter,intra = ([correlation(a, b) for a,b in zip(*o, strict=True)] for o in ((s,t),(s.T,t.T)))
     return l.tau**2*(l.beta*(1-np.mean(inter))+l.gamma*(1-np.mean(intra)))
 
+def np_rld(l, **given):
+    def one(s, t, y):
+        below = [c for c in range(len(t)) if y is None or t[c]<t[y]]
+        lower = kl(s[below]/l.T, t[below]/l.T) if below else 0.
+        if y is None: return l.beta*l.T**2*lower
+        confidence = against_rest(t/l.alpha_T, int(t.argmax()))
+        sure = kl_of(confidence, against_rest(s/l.alpha_T, y))
+        return l.alpha*l.alpha_T**2*sure + l.beta*l.T**2*lower
+    return by_label(one, **given)
+
+def np_wttm(l, pred, teacher_pred):
+    def one(s, t):
+        weight = sum(p**l.gamma for p in softmax(t)) if l.weighted else 1
+        return weight*kl(s, l.gamma*t)
+    return np.mean([one(s, t) for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -333,7 +355,8 @@ def np_infonce(l, fm_s, fm_t):
 
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
-    OFALogits:np_ofa, InfoNCE:np_infonce, DKD:np_dkd, NKD:np_nkd, DIST:np_dist}
+    OFALogits:np_ofa, InfoNCE:np_infonce,
+    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist}
 
 # ---- other seeds and odd shapes ----
 
@@ -396,6 +419,10 @@ derived = [
       for (g,t),labels in product([(1.5,1.),(3.5,3.)], (labelled_logits,softly_labelled,gappy,mixed))],
     (NKD(), labelled_logits(1, 2)), (NKD(T=2.), labelled_logits(4, 5, 3, 2)),
     *[(DIST(beta=b, gamma=g, tau=t), odd) for b,g,t in ((1.,1.,1.),(2.,.5,4.))], (DIST(), dense),
+    *[(RLD(alpha=a, beta=b, T=t, alpha_T=at), labels(5, 37))
+      for (a,b,t,at),labels in product([(1.,8.,4.,1.),(2.,.5,1.,4.)], (labelled_logits,gappy,mixed))],
+    (RLD(), labelled_logits(1, 2)), (RLD(), labelled_logits(4, 5, 3, 2)),
+    *[(WTTM(gamma=g, weighted=w), inputs) for g,w,inputs in product((.1,.5,1.), (True,False), (odd,dense))],
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
