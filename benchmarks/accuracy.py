@@ -34,8 +34,9 @@ from torch import nn
 import fasterdistill
 from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.checkpoint import Checkpoint
-from fasterdistill.loss import TaskLoss
+from fasterdistill.loss import TaskLoss,ramp
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.logits import SoftTarget
 
@@ -56,6 +57,7 @@ stages = ['layer1','layer2','layer3']
 arms = {                                                       # each gets the number of epochs
     'alone': None,
     'SoftTarget': lambda n: .1*TaskLoss()+.9*SoftTarget(T=4),
+    'DKD': lambda n: TaskLoss()+ramp(max(n//12, 1))*DKD(alpha=1, beta=8, T=4),
     'Attention': lambda n: TaskLoss()+1000*Attention().at(stages),
     'FCFD': lambda n: TaskLoss()+FCFD(weight=.02, warmup=max(n//12, 1)).at(stages),
 }

@@ -16,10 +16,15 @@ from torch import nn
 
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.dist import DIST
+from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.wttm import WTTM
 
 folder = Path(__file__).parent/'vectors'
 dtypes = [torch.float64,torch.float32]
@@ -30,9 +35,12 @@ value_tol,grad_tol = {torch.float64:1e-9, torch.float32:2e-5},{torch.float64:1e-
 student_side = 'pred','fm_s'
 
 def each_array(given, f):
-    "What is given, with `f(name, array)` in the place of each array, which may be in a dict"
-    def one(n, o): return f(n, o) if isinstance(o, np.ndarray) else o
-    return {n: {k: one(n, a) for k,a in o.items()} if isinstance(o, dict) else one(n, o) for n,o in given.items()}
+    "What is given, with `f(name, array)` in the place of each array, which may be in a dict or tuple"
+    def one(n, o):
+        if isinstance(o, dict): return {k: one(n, a) for k,a in o.items()}
+        if isinstance(o, tuple): return tuple(one(n, a) for a in o)
+        return f(n, o) if isinstance(o, np.ndarray) else o
+    return {n: one(n, o) for n,o in given.items()}
 
 def tensors(given, dtype):
     "Arrays as tensors; those of the student require a gradient"
@@ -110,6 +118,9 @@ def cross_entropy(v):
 def T(v, i): return float(v['par_T'][i])
 def tau(v, i): return float(v['par_tau'][i])
 def gamma(v, i): return float(v['par_gamma'][i])
+def row(v, i, which, *names):
+    "Parameters that are the columns of one array"
+    return dict(zip(names, v[f'par_{which}'][i].tolist(), strict=True))
 
 ordinary,pred,fm = 'ordinary__',('pred',None),('fm_s','a')
 of_zs,of_fs = {pred:'grad_zs'},{fm:'grad_fs'}
@@ -125,6 +136,20 @@ logit_refs = [
     Ref('frskd_segmentation_kl', lambda v,i: SoftTarget(T=float(v['par_T'])), segmentation, 'out_kd_pixel_mean',
         {pred:'grad_logits_student_kd'}),
     Ref('logits_mse', lambda v,i: Logits(), logits, 'out_mse', of_zs, ordinary)]
+
+def dkd(v, i, **kwargs): return DKD(**row(v, i, 'alpha_beta_T', 'alpha', 'beta', 'T'), **kwargs)
+logit_refs += [
+    Ref('dkd', dkd, labelled, 'out_dkd', of_zs, ordinary),
+    Ref('logit_standardization', partial(dkd, standardize=True), labelled, 'out_dkd', {pred:'grad_zs_dkd'}, ordinary,
+        id='logit_standardization-dkd'),
+    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled, 'out_rld',
+        of_zs, ordinary),
+    *[Ref('wttm', lambda v,i,weighted=weighted: WTTM(gamma=gamma(v,i), weighted=weighted), logits, f'out_{name}',
+          {pred:f'grad_zs_{name}'}, ordinary, id=name) for name,weighted in dict(wttm=True, ttm=False).items()],
+    Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
+    Ref('dist', lambda v,i: DIST(**row(v, i, 'beta_gamma_tau', 'beta', 'gamma', 'tau')), logits, 'out_dist', of_zs,
+        ordinary),
+]
 
 def attention_ref(map, p, form):
     differentiated = form=='code' and (map,p) in (('sum',1),('sum',2),('max',2))
@@ -164,7 +189,6 @@ def test_vectors(ref, dtype):
         for k,w in grads.items(): close_grad(got[k], w, grad_tol[dtype])
 
 later = {                                           # what no row of `refs` reads; None: a test of its own reads it all
-    'logit_standardization': {'out_dkd','grad_zs_dkd'},                                  # for DKD
     'kd_soft_target': {'out_kl','out_soft_ce','out_ce','out_seed_formula_alpha05'},      # without T², cross-entropies
     'fitnet': {'out_half_sum_sq_per_sample_mean'},                                       # in another scale
     'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
@@ -236,6 +260,61 @@ def np_ofa(l, pred, teacher_pred, target):
         res.append(total)
     return np.mean(res)
 
+def by_label(f, pred, teacher_pred, target, mix=None):
+    "The mean over rows of `f(s, t, y)`, `y` None where there is no label; of two labels what each gives, blended"
+    def values(ys):
+        known = [y if 0<=y<pred.shape[1] else None for y in ys.ravel()]
+        return np.array([f(s, t, y) for s,t,y in zip(rows(pred), rows(teacher_pred), known, strict=True)])
+    if mix is None: return values(target).mean()
+    other,lam = mix[0],mix[1].astype(float)
+    return (lam*values(target)+(1-lam)*values(other)).mean()
+
+def without(z, y): return z if y is None else np.delete(z, y)
+def against_rest(z, y):
+    "The probability of a class, and that of all others; a class that is not known has none"
+    return np.array([0. if y is None else softmax(z)[y], without(softmax(z), y).sum()])
+def kl_of(p, q): return sum(a*np.log(a/b) for a,b in zip(p, q, strict=True) if a)
+
+def np_dkd(l, **given):
+    def one(s, t, y):
+        if l.standardize: s,t = standard(s),standard(t)
+        s,t = s/l.T,t/l.T
+        others = kl(without(s, y), without(t, y))
+        return l.T**2*(l.alpha*kl_of(against_rest(t, y), against_rest(s, y)) + l.beta*others)
+    return by_label(one, **given)
+
+def np_nkd(l, target, **given):
+    def one(s, t, y):
+        own = 0. if y is None else -softmax(t)[y]*log_softmax(s)[y]
+        q,log_q = softmax(without(t, y)/l.T),log_softmax(without(s, y)/l.T)
+        return own-l.gamma*l.T**2*sum(a*b for a,b in zip(q, log_q, strict=True))
+    return by_label(one, target=target.argmax(1) if target.dtype.kind=='f' else target, **given)
+
+def correlation(a, b):
+    a,b = a-a.mean(),b-b.mean()
+    return (a*b).sum()/(np.sqrt((a**2).sum())*np.sqrt((b**2).sum())+1e-8)
+
+def np_dist(l, pred, teacher_pred):
+    s,t = (np.array([softmax(r/l.tau) for r in rows(o)]) for o in (pred,teacher_pred))
+    inter,intra = ([correlation(a, b) for a,b in zip(*o, strict=True)] for o in ((s,t),(s.T,t.T)))
+    return l.tau**2*(l.beta*(1-np.mean(inter))+l.gamma*(1-np.mean(intra)))
+
+def np_rld(l, **given):
+    def one(s, t, y):
+        below = [c for c in range(len(t)) if y is None or t[c]<t[y]]
+        lower = kl(s[below]/l.T, t[below]/l.T) if below else 0.
+        if y is None: return l.beta*l.T**2*lower
+        confidence = against_rest(t/l.alpha_T, int(t.argmax()))
+        sure = kl_of(confidence, against_rest(s/l.alpha_T, y))
+        return l.alpha*l.alpha_T**2*sure + l.beta*l.T**2*lower
+    return by_label(one, **given)
+
+def np_wttm(l, pred, teacher_pred):
+    def one(s, t):
+        weight = sum(p**l.gamma for p in softmax(t)) if l.weighted else 1
+        return weight*kl(s, l.gamma*t)
+    return np.mean([one(s, t) for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -276,7 +355,8 @@ def np_infonce(l, fm_s, fm_t):
 
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
-    OFALogits:np_ofa, InfoNCE:np_infonce}
+    OFALogits:np_ofa, InfoNCE:np_infonce,
+    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist}
 
 # ---- other seeds and odd shapes ----
 
@@ -298,6 +378,22 @@ def softly_labelled(*shape):
         return dict(given, target=rng.dirichlet(np.ones(shape[1]), shape[0]).astype(np.float32))
     return make
 
+def gappy(*shape):
+    "Integer labels, of which two are missing"
+    def make(rng):
+        given = labelled_logits(*shape)(rng)
+        given['target'][:2] = -100
+        return given
+    return make
+def mixed(*shape):
+    "Two labels each, of which one and another are missing"
+    def make(rng):
+        given,n = gappy(*shape)(rng),shape[0]
+        other = rng.integers(0, shape[1], n)
+        other[1:3] = -100
+        return dict(given, mix=(other,rng.random(n).astype(np.float32)))
+    return make
+
 odd,dense = some_logits(5, 37),some_logits(4, 5, 3, 2)
 even_maps = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6)))
 unequal = some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
@@ -317,6 +413,17 @@ derived = [
       for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
     *[(OFALogits(gamma=g, T=t, form=form), labels(5, 37))
       for (g,t),form,labels in product([(1.,1.),(1.3,1.),(2.5,4.)], forms, (labelled_logits,softly_labelled))],
+    *[(DKD(alpha=a, beta=b, T=t, standardize=st), labels(5, 37))
+      for (a,b,t),st,labels in product([(1.,8.,4.),(2.,.5,1.)], (False,True), (labelled_logits,gappy,mixed))],
+    *[(NKD(gamma=g, T=t), labels(5, 37))
+      for (g,t),labels in product([(1.5,1.),(3.5,3.)], (labelled_logits,softly_labelled,gappy,mixed))],
+    (NKD(), labelled_logits(1, 2)), (NKD(T=2.), labelled_logits(4, 5, 3, 2)),
+    *[(DIST(beta=b, gamma=g, tau=t), odd) for b,g,t in ((1.,1.,1.),(2.,.5,4.))], (DIST(), dense),
+    *[(RLD(alpha=a, beta=b, T=t, alpha_T=at), labels(5, 37))
+      for (a,b,t,at),labels in product([(1.,8.,4.,1.),(2.,.5,1.,4.)], (labelled_logits,gappy,mixed))],
+    (RLD(), labelled_logits(1, 2)), (RLD(), labelled_logits(4, 5, 3, 2)),
+    *[(WTTM(gamma=g, weighted=w), inputs) for g,w,inputs in product((.1,.5,1.), (True,False), (odd,dense))],
+    (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
 def name(o):
