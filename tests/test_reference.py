@@ -19,6 +19,7 @@ from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+from fasterdistill.losses.nst import NST
 from fasterdistill.losses.ofa import OFALogits
 
 folder = Path(__file__).parent/'vectors'
@@ -141,8 +142,11 @@ def infonce_ref(name, given=maps, **kwargs):
     return Ref('infonce', lambda v,i: InfoNCE(tau=tau(v,i), **kwargs), given, f'out_{name}', grads, 'vectors__',
                id=f'infonce-{name}')
 
+feature_refs = [
+    Ref('nst', lambda v,i: NST(), maps, 'out_nst', of_fs, 'equal__')]
+
 refs = [
-    *logit_refs,
+    *logit_refs, *feature_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -274,9 +278,22 @@ def np_infonce(l, fm_s, fm_t):
     if l.symmetric: both = [p for s,t in both for p in ((s,t),(t,s))]
     return sum(np_find(l, a, b) for a,b in both)/(2 if l.symmetric else 1)
 
+def np_same_size(s, t):
+    h,w = min(s.shape[2], t.shape[2]),min(s.shape[3], t.shape[3])
+    return [np_pool(o.astype(float), h, w) for o in (s,t)]
+
+def np_nst(l, fm_s, fm_t):
+    "Channel by channel"
+    def kernel(a, b): return np.mean([(u*v).sum()**2 for u in a for v in b])
+    total = 0.
+    for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
+        items = [[[unit(c.ravel()) for c in o] for o in z] for z in np_same_size(s, t)]
+        total += np.mean([kernel(a, a)+kernel(b, b)-2*kernel(a, b) for a,b in zip(*items, strict=True)])
+    return total
+
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
-    OFALogits:np_ofa, InfoNCE:np_infonce}
+    OFALogits:np_ofa, InfoNCE:np_infonce, NST:np_nst}
 
 # ---- other seeds and odd shapes ----
 
@@ -313,6 +330,7 @@ derived = [
     *[(Attention(p=p, map=m, form=form), g)
       for p,m,form,g in product((1,2,3,4), ('sum','max'), forms, (even_maps,unequal))],
     (FitNet(adapter=None), even_maps),
+    (NST(), even_maps), (NST(), unequal),
     *[(InfoNCE(tau=t, **k), g)
       for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
     *[(OFALogits(gamma=g, T=t, form=form), labels(5, 37))
