@@ -145,8 +145,8 @@ logit_refs += [
     Ref('dkd', dkd, labelled, 'out_dkd', of_zs, ordinary),
     Ref('logit_standardization', partial(dkd, standardize=True), labelled, 'out_dkd', {pred:'grad_zs_dkd'}, ordinary,
         id='logit_standardization-dkd'),
-    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled, 'out_rld',
-        of_zs, ordinary),
+    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled,
+        'out_rld', of_zs, ordinary),
     *[Ref('wttm', lambda v,i,weighted=weighted: WTTM(gamma=gamma(v,i), weighted=weighted), logits, f'out_{name}',
           {pred:f'grad_zs_{name}'}, ordinary, id=name) for name,weighted in dict(wttm=True, ttm=False).items()],
     Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
@@ -177,7 +177,8 @@ def pairs_of_maps(n, student='in_student_{i}', teacher='in_teacher_{i}'):
     return given
 def grads_of_maps(n, key='grad_student_{i}'): return {('fm_s',f'{i}'): key.format(i=i) for i in range(n)}
 
-vid_par = {'adapters.0.log_scale':'par_log_scale', **{f'adapters.0.mean.{2*i}.weight':f'par_conv1x1_{i}' for i in range(3)}}
+vid_par = {'adapters.0.log_scale':'par_log_scale',
+           **{f'adapters.0.mean.{2*i}.weight':f'par_conv1x1_{i}' for i in range(3)}}
 
 feature_refs = [
     Ref('nst', lambda v,i: NST(), maps, 'out_nst', of_fs, 'equal__'),
