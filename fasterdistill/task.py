@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['StandIn', 'task_kind', 'class_axis', 'ignored_label', 'check_T', 'check_choice', 'check_classes', 'same_classes',
-           'label_shares', 'item_classes', 'check_labels', 'Rows', 'gather', 'first_row', 'same_class']
+           'label_shares', 'item_classes', 'check_labels', 'standardized', 'log_softmax_among', 'log_own_and_rest',
+           'kl_rows', 'Rows', 'gather', 'first_row', 'same_class']
 
 # %% ../nbs/03_task.ipynb #h002
 from functools import lru_cache
@@ -139,6 +140,35 @@ def _sum_to_one(shares):
     "Whether the shares of every item do that has a label; a GPU is waited for"
     return bool((((shares.sum(1)-1).abs()<.01) | shares.isnan().any(1)).all())
 
+# %% ../nbs/03_task.ipynb #l002
+def standardized(z):
+    "Each row of `z` `(N,C)` at mean 0 and deviation 1, `1e-7` added to the deviation (Sun et al., CVPR 2024)"
+    return (z-z.mean(1, keepdim=True))/(z.std(1, keepdim=True)+1e-7)
+
+# %% ../nbs/03_task.ipynb #l005
+def log_softmax_among(
+    z,     # Logits `(N,C)`
+    among, # `(N,C)`, true for the classes that there are
+):
+    "Log-probabilities of `z` over the classes in `among` alone, `(N,C)`; 0 for all others, gradients too"
+    none = ~among.any(1, keepdim=True)
+    return F.log_softmax(z.masked_fill(~(among | none), -torch.inf), 1).masked_fill(~among, 0)
+
+def log_own_and_rest(
+    z,   # Logits `(N,C)` of at least two classes
+    own, # `(N,C)`, true for one class a row, or for none
+):
+    "Log-probabilities of a row's own class and of all others together, `(N,2)`; `(0,0)` for a row without one"
+    log_p = F.log_softmax(z, 1)
+    return torch.stack([log_p.masked_fill(~own, 0).sum(1), log_p.masked_fill(own, -torch.inf).logsumexp(1)], 1)
+
+def kl_rows(
+    s, # Log-probabilities `(N,C)` of the student
+    t, # Those of the teacher
+):
+    "`KL(t‖s)` of each row, `(N,)`"
+    return F.kl_div(s, t, reduction='none', log_target=True).sum(1)
+
 # %% ../nbs/03_task.ipynb #c038
 class Rows:
     """The logits of a batch as rows of classes, `pred` and `teacher_pred` `(N,C)`: one an item, pixel or position.
@@ -167,12 +197,24 @@ class Rows:
     @property
     def shares(self):
         "How much of each row's label is which class, `(N,C)`, blended under a mix. `ValueError` for other labels"
+        return self._of_labels(self._shares)
+    def by_class(self, f):
+        """The mean over rows of `f(own)` `(N,)`, where `own` `(N,C)` is true for the class of each row's label, and for
+        none where there is no label; under a mix of both labels, blended. `ValueError` for soft labels."""
+        return self.mean(self._of_labels(lambda y: f(self._own(y))))
+    def _of_labels(self, f):
+        "`f` of the labels; under a mix of both, blended"
         if self.dense: self._check_dense()
-        own = label_shares(self.target, self.pred, self.criterion)
-        if self.mix is None: return own
+        first = f(self.target)
+        if self.mix is None: return first
         other,lam = self.mix
-        if getattr(lam, 'ndim', 0): lam = lam.reshape(-1,1)
-        return lam*own + (1-lam)*label_shares(plain(other), self.pred, self.criterion)
+        if getattr(lam, 'ndim', 0): lam = lam.reshape(-1,*[1]*(first.ndim-1))
+        return lam*first + (1-lam)*f(plain(other))
+    def _shares(self, y): return label_shares(y, self.pred, self.criterion)
+    def _own(self, y):
+        if not y.is_floating_point(): return self._shares(y)>0
+        raise ValueError(f'{self.who} needs one class an item, (B,) integers; '
+                         f'here are labels of shape {tuple(y.shape)} ({y.dtype})')
     def _labelled(self):
         "Which rows have a label; None where labels are of something else, and the loss function names none to ignore"
         ignored,y = ignored_label(self.criterion),self.target

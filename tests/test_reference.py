@@ -16,10 +16,18 @@ from torch import nn
 
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.dist import DIST
+from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.losses.fsp import FSP,fsp_matrix
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
+from fasterdistill.losses.nkd import NKD
+from fasterdistill.losses.nst import NST
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.vid import VID
+from fasterdistill.losses.wttm import WTTM
 
 folder = Path(__file__).parent/'vectors'
 dtypes = [torch.float64,torch.float32]
@@ -30,9 +38,12 @@ value_tol,grad_tol = {torch.float64:1e-9, torch.float32:2e-5},{torch.float64:1e-
 student_side = 'pred','fm_s'
 
 def each_array(given, f):
-    "What is given, with `f(name, array)` in the place of each array, which may be in a dict"
-    def one(n, o): return f(n, o) if isinstance(o, np.ndarray) else o
-    return {n: {k: one(n, a) for k,a in o.items()} if isinstance(o, dict) else one(n, o) for n,o in given.items()}
+    "What is given, with `f(name, array)` in the place of each array, which may be in a dict or tuple"
+    def one(n, o):
+        if isinstance(o, dict): return {k: one(n, a) for k,a in o.items()}
+        if isinstance(o, tuple): return tuple(one(n, a) for a in o)
+        return f(n, o) if isinstance(o, np.ndarray) else o
+    return {n: one(n, o) for n,o in given.items()}
 
 def tensors(given, dtype):
     "Arrays as tensors; those of the student require a gradient"
@@ -54,7 +65,7 @@ def set_parts(loss, given, dtype, par):
     loss.build(**{n: {k: z.detach() for k,z in given[n].items()} for n in ('fm_s','fm_t')})
     loss.to(dtype)
     with torch.no_grad():
-        for n,p in loss.named_parameters(): p.copy_(torch.from_numpy(par[n]))
+        for n,p in loss.named_parameters(): p.copy_(torch.from_numpy(par[n]).view_as(p))
 
 def call(loss, given, dtype, par=None):
     "Value, gradients of the student's inputs and of the learned parts; where `par` sets parts they are built first"
@@ -110,6 +121,9 @@ def cross_entropy(v):
 def T(v, i): return float(v['par_T'][i])
 def tau(v, i): return float(v['par_tau'][i])
 def gamma(v, i): return float(v['par_gamma'][i])
+def row(v, i, which, *names):
+    "Parameters that are the columns of one array"
+    return dict(zip(names, v[f'par_{which}'][i].tolist(), strict=True))
 
 ordinary,pred,fm = 'ordinary__',('pred',None),('fm_s','a')
 of_zs,of_fs = {pred:'grad_zs'},{fm:'grad_fs'}
@@ -126,6 +140,20 @@ logit_refs = [
         {pred:'grad_logits_student_kd'}),
     Ref('logits_mse', lambda v,i: Logits(), logits, 'out_mse', of_zs, ordinary)]
 
+def dkd(v, i, **kwargs): return DKD(**row(v, i, 'alpha_beta_T', 'alpha', 'beta', 'T'), **kwargs)
+logit_refs += [
+    Ref('dkd', dkd, labelled, 'out_dkd', of_zs, ordinary),
+    Ref('logit_standardization', partial(dkd, standardize=True), labelled, 'out_dkd', {pred:'grad_zs_dkd'}, ordinary,
+        id='logit_standardization-dkd'),
+    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled,
+        'out_rld', of_zs, ordinary),
+    *[Ref('wttm', lambda v,i,weighted=weighted: WTTM(gamma=gamma(v,i), weighted=weighted), logits, f'out_{name}',
+          {pred:f'grad_zs_{name}'}, ordinary, id=name) for name,weighted in dict(wttm=True, ttm=False).items()],
+    Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
+    Ref('dist', lambda v,i: DIST(**row(v, i, 'beta_gamma_tau', 'beta', 'gamma', 'tau')), logits, 'out_dist', of_zs,
+        ordinary),
+]
+
 def attention_ref(map, p, form):
     differentiated = form=='code' and (map,p) in (('sum',1),('sum',2),('max',2))
     grads = {fm:f'grad_fs_{map}_p{p}_code'} if differentiated else {}
@@ -141,8 +169,27 @@ def infonce_ref(name, given=maps, **kwargs):
     return Ref('infonce', lambda v,i: InfoNCE(tau=tau(v,i), **kwargs), given, f'out_{name}', grads, 'vectors__',
                id=f'infonce-{name}')
 
+def pairs_of_maps(n, student='in_student_{i}', teacher='in_teacher_{i}'):
+    "The first `n` maps of both networks"
+    def given(v):
+        sides = dict(fm_s=student, fm_t=teacher)
+        return {side: {f'{i}': v[key.format(i=i)] for i in range(n)} for side,key in sides.items()}
+    return given
+def grads_of_maps(n, key='grad_student_{i}'): return {('fm_s',f'{i}'): key.format(i=i) for i in range(n)}
+
+vid_par = {'adapters.0.log_scale':'par_log_scale',
+           **{f'adapters.0.mean.{2*i}.weight':f'par_conv1x1_{i}' for i in range(3)}}
+
+feature_refs = [
+    Ref('nst', lambda v,i: NST(), maps, 'out_nst', of_fs, 'equal__'),
+    Ref('fsp', lambda v,i: FSP(), pairs_of_maps(2), 'out_total_code', grads_of_maps(2)),
+    Ref('fsp', lambda v,i: FSP(), pairs_of_maps(2), 'out_loss_per_pair_code', id='fsp-pair'),
+    Ref('fsp', lambda v,i: FSP(form='paper'), pairs_of_maps(2), 'out_loss_per_pair_paper', id='fsp-paper'),
+    Ref('vid', lambda v,i: VID(eps=float(v['par_eps'])), maps, 'out_vid',
+        of_fs|{'adapters.0.log_scale':'grad_log_scale'}, par=vid_par)]
+
 refs = [
-    *logit_refs,
+    *logit_refs, *feature_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -164,11 +211,11 @@ def test_vectors(ref, dtype):
         for k,w in grads.items(): close_grad(got[k], w, grad_tol[dtype])
 
 later = {                                           # what no row of `refs` reads; None: a test of its own reads it all
-    'logit_standardization': {'out_dkd','grad_zs_dkd'},                                  # for DKD
     'kd_soft_target': {'out_kl','out_soft_ce','out_ce','out_seed_formula_alpha05'},      # without T², cross-entropies
     'fitnet': {'out_half_sum_sq_per_sample_mean'},                                       # in another scale
     'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
     'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
+    'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
 
 def test_every_vector_is_used():
@@ -187,6 +234,12 @@ def test_infonce_both_ways(kind):
         loss = InfoNCE(tau=float(t), normalize=kind=='cosine', symmetric=True)
         got = call(loss, maps(v), torch.float64)[1][fm]
         close_grad(got, (v[f'grad_fs_{kind}_s2t'][i]+v[f'grad_fs_{kind}_t2s'][i])/2, 1e-6)
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+def test_fsp_matrix(dtype):
+    v = Ref('fsp', None, None, None).vectors
+    a,b = (torch.tensor(v[f'in_student_{i}'], dtype=dtype) for i in (0,1))
+    close_grad(fsp_matrix(a, b).double().numpy(), v['out_fsp_student_0'], value_tol[dtype])
 
 def test_seed_worked_example():
     "The softened probabilities, read off the gradient against a teacher that knows nothing: `T(p-1/C)`"
@@ -236,6 +289,61 @@ def np_ofa(l, pred, teacher_pred, target):
         res.append(total)
     return np.mean(res)
 
+def by_label(f, pred, teacher_pred, target, mix=None):
+    "The mean over rows of `f(s, t, y)`, `y` None where there is no label; of two labels what each gives, blended"
+    def values(ys):
+        known = [y if 0<=y<pred.shape[1] else None for y in ys.ravel()]
+        return np.array([f(s, t, y) for s,t,y in zip(rows(pred), rows(teacher_pred), known, strict=True)])
+    if mix is None: return values(target).mean()
+    other,lam = mix[0],mix[1].astype(float)
+    return (lam*values(target)+(1-lam)*values(other)).mean()
+
+def without(z, y): return z if y is None else np.delete(z, y)
+def against_rest(z, y):
+    "The probability of a class, and that of all others; a class that is not known has none"
+    return np.array([0. if y is None else softmax(z)[y], without(softmax(z), y).sum()])
+def kl_of(p, q): return sum(a*np.log(a/b) for a,b in zip(p, q, strict=True) if a)
+
+def np_dkd(l, **given):
+    def one(s, t, y):
+        if l.standardize: s,t = standard(s),standard(t)
+        s,t = s/l.T,t/l.T
+        others = kl(without(s, y), without(t, y))
+        return l.T**2*(l.alpha*kl_of(against_rest(t, y), against_rest(s, y)) + l.beta*others)
+    return by_label(one, **given)
+
+def np_nkd(l, target, **given):
+    def one(s, t, y):
+        own = 0. if y is None else -softmax(t)[y]*log_softmax(s)[y]
+        q,log_q = softmax(without(t, y)/l.T),log_softmax(without(s, y)/l.T)
+        return own-l.gamma*l.T**2*sum(a*b for a,b in zip(q, log_q, strict=True))
+    return by_label(one, target=target.argmax(1) if target.dtype.kind=='f' else target, **given)
+
+def correlation(a, b):
+    a,b = a-a.mean(),b-b.mean()
+    return (a*b).sum()/(np.sqrt((a**2).sum())*np.sqrt((b**2).sum())+1e-8)
+
+def np_dist(l, pred, teacher_pred):
+    s,t = (np.array([softmax(r/l.tau) for r in rows(o)]) for o in (pred,teacher_pred))
+    inter,intra = ([correlation(a, b) for a,b in zip(*o, strict=True)] for o in ((s,t),(s.T,t.T)))
+    return l.tau**2*(l.beta*(1-np.mean(inter))+l.gamma*(1-np.mean(intra)))
+
+def np_rld(l, **given):
+    def one(s, t, y):
+        below = [c for c in range(len(t)) if y is None or t[c]<t[y]]
+        lower = kl(s[below]/l.T, t[below]/l.T) if below else 0.
+        if y is None: return l.beta*l.T**2*lower
+        confidence = against_rest(t/l.alpha_T, int(t.argmax()))
+        sure = kl_of(confidence, against_rest(s/l.alpha_T, y))
+        return l.alpha*l.alpha_T**2*sure + l.beta*l.T**2*lower
+    return by_label(one, **given)
+
+def np_wttm(l, pred, teacher_pred):
+    def one(s, t):
+        weight = sum(p**l.gamma for p in softmax(t)) if l.weighted else 1
+        return weight*kl(s, l.gamma*t)
+    return np.mean([one(s, t) for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -274,9 +382,34 @@ def np_infonce(l, fm_s, fm_t):
     if l.symmetric: both = [p for s,t in both for p in ((s,t),(t,s))]
     return sum(np_find(l, a, b) for a,b in both)/(2 if l.symmetric else 1)
 
+def np_same_size(s, t):
+    h,w = min(s.shape[2], t.shape[2]),min(s.shape[3], t.shape[3])
+    return [np_pool(o.astype(float), h, w) for o in (s,t)]
+
+def np_nst(l, fm_s, fm_t):
+    "Channel by channel"
+    def kernel(a, b): return np.mean([(u*v).sum()**2 for u in a for v in b])
+    total = 0.
+    for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
+        items = [[[unit(c.ravel()) for c in o] for o in z] for z in np_same_size(s, t)]
+        total += np.mean([kernel(a, a)+kernel(b, b)-2*kernel(a, b) for a,b in zip(*items, strict=True)])
+    return total
+
+def np_fsp(l, fm_s, fm_t):
+    "Neighbour by neighbour, item by item, channel by channel"
+    def tables(maps): return [[table(*o) for o in zip(*np_same_size(a, b), strict=True)]
+                              for a,b in zip(maps[:-1], maps[1:], strict=True)]
+    def table(a, b): return np.array([[(later*earlier).mean() for earlier in a] for later in b])
+    total = 0.
+    for s,t in zip(tables([*fm_s.values()]), tables([*fm_t.values()]), strict=True):
+        squares = [(a-b)**2 for a,b in zip(s, t, strict=True)]
+        total += np.mean([o.mean() if l.form=='code' else o.sum() for o in squares])
+    return total
+
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
-    OFALogits:np_ofa, InfoNCE:np_infonce}
+    OFALogits:np_ofa, InfoNCE:np_infonce,
+    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp}
 
 # ---- other seeds and odd shapes ----
 
@@ -298,9 +431,26 @@ def softly_labelled(*shape):
         return dict(given, target=rng.dirichlet(np.ones(shape[1]), shape[0]).astype(np.float32))
     return make
 
+def gappy(*shape):
+    "Integer labels, of which two are missing"
+    def make(rng):
+        given = labelled_logits(*shape)(rng)
+        given['target'][:2] = -100
+        return given
+    return make
+def mixed(*shape):
+    "Two labels each, of which one and another are missing"
+    def make(rng):
+        given,n = gappy(*shape)(rng),shape[0]
+        other = rng.integers(0, shape[1], n)
+        other[1:3] = -100
+        return dict(given, mix=(other,rng.random(n).astype(np.float32)))
+    return make
+
 odd,dense = some_logits(5, 37),some_logits(4, 5, 3, 2)
 even_maps = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6)))
 unequal = some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
+deep = some_maps(((5,3,9,7),(5,3,5,5)), ((5,6,4,8),(5,6,3,6)), ((5,2,4,3),(5,2,7,1)))
 vectors_or_maps = some_maps(((5,9),(5,9))),some_maps(((5,6,3,4),(5,17,6)), ((5,9,7),(5,7,2,2)))
 forms = 'code','paper'
 
@@ -313,10 +463,23 @@ derived = [
     *[(Attention(p=p, map=m, form=form), g)
       for p,m,form,g in product((1,2,3,4), ('sum','max'), forms, (even_maps,unequal))],
     (FitNet(adapter=None), even_maps),
+    (NST(), even_maps), (NST(), unequal),
+    *[(FSP(form=form), g) for form,g in product(forms, (even_maps,deep))],
     *[(InfoNCE(tau=t, **k), g)
       for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
     *[(OFALogits(gamma=g, T=t, form=form), labels(5, 37))
       for (g,t),form,labels in product([(1.,1.),(1.3,1.),(2.5,4.)], forms, (labelled_logits,softly_labelled))],
+    *[(DKD(alpha=a, beta=b, T=t, standardize=st), labels(5, 37))
+      for (a,b,t),st,labels in product([(1.,8.,4.),(2.,.5,1.)], (False,True), (labelled_logits,gappy,mixed))],
+    *[(NKD(gamma=g, T=t), labels(5, 37))
+      for (g,t),labels in product([(1.5,1.),(3.5,3.)], (labelled_logits,softly_labelled,gappy,mixed))],
+    (NKD(), labelled_logits(1, 2)), (NKD(T=2.), labelled_logits(4, 5, 3, 2)),
+    *[(DIST(beta=b, gamma=g, tau=t), odd) for b,g,t in ((1.,1.,1.),(2.,.5,4.))], (DIST(), dense),
+    *[(RLD(alpha=a, beta=b, T=t, alpha_T=at), labels(5, 37))
+      for (a,b,t,at),labels in product([(1.,8.,4.,1.),(2.,.5,1.,4.)], (labelled_logits,gappy,mixed))],
+    (RLD(), labelled_logits(1, 2)), (RLD(), labelled_logits(4, 5, 3, 2)),
+    *[(WTTM(gamma=g, weighted=w), inputs) for g,w,inputs in product((.1,.5,1.), (True,False), (odd,dense))],
+    (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
 def name(o):
@@ -352,6 +515,62 @@ def test_derived(loss, inputs, seed):
         along = sum((grads[k]*d[k]).sum() for k in d)
         size = sum(np.linalg.norm(grads[k])*np.linalg.norm(d[k]) for k in d)
         assert abs(slope(f, given, d)-along) < 1e-6*size
+
+# ---- losses with learned parts: the formula gets their numbers, too ----
+
+def np_conv(z, w):
+    "Of 1×1, without a bias"
+    return np.einsum('bchw,dc->bdhw', z.astype(float), w[:,:,0,0])
+def relu(z): return np.maximum(z, 0)
+def softplus(z): return np.log(1+np.exp(z))
+
+def np_vid(l, par, fm_s, fm_t):
+    "Channel by channel: the negative log-density of a normal distribution, less its constant"
+    total = 0.
+    for k,(s,t) in enumerate(zip(fm_s.values(), fm_t.values(), strict=True)):
+        w = [par[f'adapters.{k}.mean.{i}.weight'] for i in (0,2,4)]
+        mean,t = np_same_size(np_conv(relu(np_conv(relu(np_conv(s, w[0])), w[1])), w[2]), t)
+        v = softplus(par[f'adapters.{k}.log_scale'])+l.eps
+        density = [np.exp(-(m-o)**2/2/c)/np.sqrt(2*np.pi*c) for m,o,c in zip(mean.swapaxes(0,1), t.swapaxes(0,1), v)]
+        total -= np.mean(np.log(density))+np.log(2*np.pi)/2
+    return total
+
+formulas_of_parts = {VID:np_vid}
+derived_parts = [(VID, g) for g in (even_maps,unequal)]
+
+def parts_of(make, given, rng):
+    "Arrays for the parts that the loss learns"
+    loss = make()
+    loss.build(**{n: {k: torch.tensor(a, dtype=torch.float32) for k,a in given[n].items()} for n in ('fm_s','fm_t')})
+    return {n: normal(rng, p.shape, .5) for n,p in loss.named_parameters()}
+
+@pytest.mark.parametrize('seed', [0,1])
+@pytest.mark.parametrize('make,inputs', derived_parts, ids=lambda o: getattr(o, '__name__', None) or name(o))
+def test_derived_with_parts(make, inputs, seed):
+    "As `test_derived`; the gradients of the learned parts, too"
+    rng = np.random.default_rng(seed)
+    given = inputs(rng)
+    par = parts_of(make, given, rng)
+    f = partial(formulas_of_parts[type(make())], make())
+    v,grads = call(make(), given, torch.float64, par)
+    v32,grads32 = call(make(), given, torch.float32, par)
+    want = f(par, **given)
+    close(v, want, 1e-9)
+    close(v32, want, 2e-5)
+    for k,g in grads.items(): close_grad(grads32[k], g, 1e-4)
+    of_maps = {k: g for k,g in grads.items() if isinstance(k, tuple)}
+    of_parts = {k: g for k,g in grads.items() if k not in of_maps}
+    for _ in range(3):
+        d = {k: rng.standard_normal(g.shape) for k,g in grads.items()}
+        for some,there in ((of_maps, slope(partial(f, par), given, d)), (of_parts, slope_of_parts(f, par, given, d))):
+            along = sum((g*d[k]).sum() for k,g in some.items())
+            size = sum(np.linalg.norm(g)*np.linalg.norm(d[k]) for k,g in some.items())
+            assert abs(there-along) < 1e-6*size
+
+def slope_of_parts(f, par, given, direction, h=1e-6):
+    "The central difference where the learned parts move"
+    def moved(e): return f({n: a+e*direction[n] for n,a in par.items()}, **given)
+    return (moved(h)-moved(-h))/(2*h)
 
 # ---- extremes, in float32 ----
 

@@ -13,11 +13,12 @@ from ..networks.names import match_stages
 from ..weight import weigher
 
 # %% ../../nbs/fit/00_terms.ipynb #t001
-_stages = re.compile(r'stages(?:\[(?P<one>-?\d+)\]|\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?')
+_stages = re.compile(r'stages(?:\[(?P<one>-?\d+)\]|\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?(?P<pre>:pre)?')
 
 def stage_slice(name):
-    "The part of a list of stages that words such as 'stages[-2]' or 'last' mean; None for the name of a layer"
-    m = _stages.fullmatch('stages[-1]' if name=='last' else name)
+    """The part of a list of stages that words such as 'stages[-2]', 'last' or 'stages:pre' mean;
+    None for the name of a layer"""
+    m = _stages.fullmatch(re.sub(r'^last(?=$|:)', 'stages[-1]', name))
     if m is None: return None
     if m['one']:
         i = int(m['one'])
@@ -50,7 +51,8 @@ def _of_stages(item, part, sides, who):
         if not side.stages:
             raise ValueError(f'{who} reads {item!r}, but no stages were found in {side}: name its layers with .at(…)')
     rows = list(match_stages(*(s.stages for s in sides)) if len(sides)==2 else zip(sides[0].stages))
-    if rows[part]: return [[stage.name for stage in column] for column in zip(*rows[part])]
+    pre = ':pre'*item.endswith(':pre')
+    if rows[part]: return [[stage.name+pre for stage in column] for column in zip(*rows[part])]
     has = ' and '.join(f'{side} has {len(side.stages)} stages' for side in sides)
     paired = f', {len(rows)} of them paired' if len(sides)==2 else ''
     raise ValueError(f'{who} reads {item!r}, but {has}{paired}: name layers with .at(…)')

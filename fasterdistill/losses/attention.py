@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import to_map
+from ..networks.stages import same_size
 from ..task import check_choice
 
 # %% ../../nbs/losses/20_attention.ipynb #c010
@@ -37,11 +37,9 @@ class Attention(FeatureLoss):
         check_choice('Attention', 'form', form, ('code','paper'))
         store_attr()
     def pair(self, s, t, xb=None):
-        s,t = to_map(plain(s), x=xb),to_map(plain(t), x=xb)
-        size = [min(a,b) for a,b in zip(s.shape[2:], t.shape[2:])]
-        if size==[1,1]:
+        s,t = same_size(plain(s), plain(t), xb)
+        if s.shape[2:]==(1,1):
             raise ValueError('a map of 1×1 has one place to look at, so Attention would be 0 whatever the student '
                              'does: name larger layers, as in Attention().at("stages[:-1]")')
-        s,t = (o if list(o.shape[2:])==size else F.adaptive_avg_pool2d(o, size) for o in (s,t))
         d = attention_map(s, self.p, self.map)-attention_map(t, self.p, self.map)
         return d.pow(2).mean() if self.form=='code' else d.norm(dim=1).mean()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from ..loss import DistillLoss
 from ..networks.record import plain
-from ..task import Rows,check_T,same_classes,task_kind
+from ..task import Rows,check_T,kl_rows,same_classes,standardized,task_kind
 
 # %% ../../nbs/losses/10_logits.ipynb #c010
 class SoftTarget(DistillLoss):
@@ -27,14 +27,10 @@ class SoftTarget(DistillLoss):
     def forward(self, pred, teacher_pred, target=None, criterion=None):
         rows = Rows(self, pred, teacher_pred, target, criterion=criterion)
         s,t = rows.pred,rows.teacher_pred
-        if self.standardize: s,t = _standardized(s),_standardized(t)
+        if self.standardize: s,t = standardized(s),standardized(t)
         s,t = F.log_softmax(s/self.T, 1),F.log_softmax(t/self.T, 1)
         if rows.counts is None: return F.kl_div(s, t, reduction='batchmean', log_target=True)*self.T**2
-        return rows.mean(F.kl_div(s, t, reduction='none', log_target=True).sum(1))*self.T**2
-
-def _standardized(z):
-    "Each row of `z` at mean 0 and deviation 1"
-    return (z-z.mean(1, keepdim=True))/(z.std(1, keepdim=True)+1e-7)
+        return rows.mean(kl_rows(s, t))*self.T**2
 
 # %% ../../nbs/losses/10_logits.ipynb #c028
 def _one_column(s, t):
