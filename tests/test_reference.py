@@ -26,6 +26,7 @@ from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.nst import NST
 from fasterdistill.losses.ofa import OFALogits
 from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.sad import SAD,position_shares
 from fasterdistill.losses.vid import VID
 from fasterdistill.losses.wttm import WTTM
 
@@ -188,8 +189,18 @@ feature_refs = [
     Ref('vid', lambda v,i: VID(eps=float(v['par_eps'])), maps, 'out_vid',
         of_fs|{'adapters.0.log_scale':'grad_log_scale'}, par=vid_par)]
 
+def neighbours(v): return dict(fm_s=dict(lower=v['in_lower'], deeper=v['in_deeper']))
+def sad_refs(case):
+    grads = {('fm_s','lower'):'grad_lower_mse_mean'}
+    moved = grads|{('fm_s','deeper'):'grad_deeper_if_not_detached_mse_mean'}
+    id = f'sad-{case.rstrip("_")}'
+    return [
+        Ref('sad_pair', lambda v,i: SAD(form='code', detach=False), neighbours, 'out_mse_mean', moved, case, id=id),
+        Ref('sad_pair', lambda v,i: SAD(detach=False), neighbours, 'out_sum_sq_per_sample_mean', case=case,
+            id=f'{id}-paper')]
+
 refs = [
-    *logit_refs, *feature_refs,
+    *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *feature_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -215,6 +226,7 @@ later = {                                           # what no row of `refs` read
     'fitnet': {'out_half_sum_sq_per_sample_mean'},                                       # in another scale
     'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
     'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
+    'sad_pair': {'out_psi_lower','out_psi_deeper'},                          # the shares themselves: a test below
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
 
@@ -240,6 +252,14 @@ def test_fsp_matrix(dtype):
     v = Ref('fsp', None, None, None).vectors
     a,b = (torch.tensor(v[f'in_student_{i}'], dtype=dtype) for i in (0,1))
     close_grad(fsp_matrix(a, b).double().numpy(), v['out_fsp_student_0'], value_tol[dtype])
+
+@pytest.mark.parametrize('case', ['equal__','target_half_size__'])
+def test_shares_of_positions(case):
+    "What SAD compares: the deeper map at the size of the other"
+    v = Ref('sad_pair', None, None, None, case=case).vectors
+    lower,deeper = (torch.tensor(v[f'in_{k}'], dtype=torch.float64) for k in ('lower','deeper'))
+    close(position_shares(lower), v['out_psi_lower'], 1e-7)                      # kept in float32
+    close(position_shares(deeper, lower.shape[2:]), v['out_psi_deeper'], 1e-7)
 
 def test_seed_worked_example():
     "The softened probabilities, read off the gradient against a teacher that knows nothing: `T(p-1/C)`"
@@ -395,6 +415,25 @@ def np_nst(l, fm_s, fm_t):
         total += np.mean([kernel(a, a)+kernel(b, b)-2*kernel(a, b) for a,b in zip(*items, strict=True)])
     return total
 
+def np_enlarged(a, h, w):
+    "`(H,W)` at `h` by `w` places, each between its two neighbours of each direction; the borders go on outwards"
+    def between(n, m):
+        at = np.clip((np.arange(m)+.5)*n/m-.5, 0, n-1)
+        i = np.minimum(np.floor(at).astype(int), n-2) if n>1 else np.zeros(m, dtype=int)
+        return i,np.minimum(i+1, n-1),at-i
+    (i,i1,u),(j,j1,v) = between(a.shape[0], h),between(a.shape[1], w)
+    rows = a[i]*(1-u)[:,None]+a[i1]*u[:,None]
+    return rows[:,j]*(1-v)+rows[:,j1]*v
+
+def np_sad(l, fm_s):
+    "Neighbour by neighbour, item by item"
+    total = 0.
+    for a,b in zip([*fm_s.values()][:-1], [*fm_s.values()][1:], strict=True):
+        def shares(z): return softmax(np_enlarged((z.astype(float)**2).sum(0), *a.shape[2:]).ravel()/l.T)
+        squares = [(shares(x)-shares(y))**2 for x,y in zip(a, b, strict=True)]
+        total += np.mean([o.mean() if l.form=='code' else o.sum() for o in squares])
+    return total
+
 def np_fsp(l, fm_s, fm_t):
     "Neighbour by neighbour, item by item, channel by channel"
     def tables(maps): return [[table(*o) for o in zip(*np_same_size(a, b), strict=True)]
@@ -409,7 +448,8 @@ def np_fsp(l, fm_s, fm_t):
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce,
-    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp}
+    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp,
+    SAD:np_sad}
 
 # ---- other seeds and odd shapes ----
 
@@ -423,6 +463,7 @@ def some_maps(*pairs):
         s,t = ({f'{i}': normal(rng, p[side]) for i,p in enumerate(pairs)} for side in (0,1))
         return dict(fm_s=s, fm_t=t)
     return make
+def own_maps(*shapes): return lambda rng: dict(fm_s={f'{i}': normal(rng, o) for i,o in enumerate(shapes)})
 def labelled_logits(*shape):
     return lambda rng: dict(some_logits(*shape)(rng), target=rng.integers(0, shape[1], (shape[0],*shape[2:])))
 def softly_labelled(*shape):
@@ -447,6 +488,7 @@ def mixed(*shape):
         return dict(given, mix=(other,rng.random(n).astype(np.float32)))
     return make
 
+blocks,odd_blocks = own_maps((5,3,8,6), (5,6,4,3), (5,9,2,2)),own_maps((5,7,9,5), (5,11,4,7))
 odd,dense = some_logits(5, 37),some_logits(4, 5, 3, 2)
 even_maps = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6)))
 unequal = some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
@@ -464,6 +506,7 @@ derived = [
       for p,m,form,g in product((1,2,3,4), ('sum','max'), forms, (even_maps,unequal))],
     (FitNet(adapter=None), even_maps),
     (NST(), even_maps), (NST(), unequal),
+    *[(SAD(T=t, form=form, detach=False), g) for t,form,g in product((1.,8.), ('paper','code'), (blocks,odd_blocks))],
     *[(FSP(form=form), g) for form,g in product(forms, (even_maps,deep))],
     *[(InfoNCE(tau=t, **k), g)
       for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
@@ -584,7 +627,7 @@ def extreme_logits(rng, shape):
 def large_and_zero_maps(given):
     "Scaled by 50; the first sample is zero for the student, the second for the teacher, the third for both"
     for side,zero in (('fm_s',(0,2)), ('fm_t',(1,2))):
-        for a in given[side].values():
+        for a in given.get(side, {}).values():
             a *= 50
             for r in zero: a[r] = 0
     return given

@@ -45,6 +45,8 @@ class SAD(DistillLoss):
         check_choice('SAD', 'form', form, ('paper','code'))
         for name,o in (('start',start),('ramp',ramp)): _check_fraction(name, o)
         store_attr()
+    @classmethod
+    def example(cls, student, x): return cls(start=0)
     def forward(self, fm_s, xb=None, pos=None):
         maps = {k: to_map(plain(z), x=xb) for k,z in fm_s.items()}
         _check_maps(maps)
