@@ -15,6 +15,8 @@ from fastai.losses import (BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossF
 from torch import nn
 
 from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.adjusted import AdjustedSoftTarget
+from fasterdistill.losses.answers import HardTarget,Mutual
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.dist import DIST
 from fasterdistill.losses.dkd import DKD
@@ -28,6 +30,7 @@ from fasterdistill.losses.ofa import OFALogits
 from fasterdistill.losses.rld import RLD
 from fasterdistill.losses.sad import SAD,position_shares
 from fasterdistill.losses.vid import VID
+from fasterdistill.losses.wsl import WSL
 from fasterdistill.losses.wttm import WTTM
 
 folder = Path(__file__).parent/'vectors'
@@ -150,10 +153,24 @@ logit_refs += [
         'out_rld', of_zs, ordinary),
     *[Ref('wttm', lambda v,i,weighted=weighted: WTTM(gamma=gamma(v,i), weighted=weighted), logits, f'out_{name}',
           {pred:f'grad_zs_{name}'}, ordinary, id=name) for name,weighted in dict(wttm=True, ttm=False).items()],
+    *[Ref('wsl', lambda v,i: WSL(T=T(v,i)), labelled, 'out_wsl', of_zs, f'{case}__', id=f'wsl-{case}')
+      for case in ('ordinary','extreme')],
     Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
     Ref('dist', lambda v,i: DIST(**row(v, i, 'beta_gamma_tau', 'beta', 'gamma', 'tau')), logits, 'out_dist', of_zs,
         ordinary),
 ]
+
+def adjusted_ref(name, case, **kwargs):
+    return Ref('adjusted_soft_target', lambda v,i: AdjustedSoftTarget(T=4, **kwargs), labelled, f'out_{name}',
+               {pred:f'grad_zs_{name}'}, f'{case}__', id=f'adjusted-{name}-{case}')
+
+adjusted = dict(
+    swap_T4=dict(adjust='swap'), smooth_T4_eps01=dict(adjust='smooth', eps=.1),
+    flsw_T4_beta2_gamma2=dict(adjust=None, dynamic='flsw', beta=2, gamma=2),
+    cwsm_T4_beta05=dict(adjust=None, dynamic='cwsm', beta=.5),
+    swap_flsw_T4_beta2_gamma2=dict(adjust='swap', dynamic='flsw', beta=2, gamma=2))
+logit_refs += [adjusted_ref(name, case, **kwargs)
+               for case in ('ordinary','extreme') for name,kwargs in adjusted.items()]
 
 def attention_ref(map, p, form):
     differentiated = form=='code' and (map,p) in (('sum',1),('sum',2),('max',2))
@@ -364,6 +381,50 @@ def np_wttm(l, pred, teacher_pred):
         return weight*kl(s, l.gamma*t)
     return np.mean([one(s, t) for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
 
+def np_wsl(l, pred, teacher_pred, target, mix=None, at=None):
+    "The weights are those of a student that says `at`"
+    def one(s, t, q, seen):
+        of_s,of_t = (-(q*log_softmax(z)).sum() for z in (seen,t))
+        w = 1-np.exp(-max(of_s/(of_t+1e-7), 0)) if q.any() else 1.
+        return -w*l.T**2*(softmax(t/l.T)*log_softmax(s/l.T)).sum()
+    shares = shares_of(target, pred.shape[1])
+    if mix is not None:
+        other,lam = shares_of(mix[0], pred.shape[1]),mix[1].astype(float)[:,None]
+        shares = lam*shares+(1-lam)*other
+    seen = rows(pred if at is None else at)
+    return np.mean([one(*o) for o in zip(rows(pred), rows(teacher_pred), shares, seen, strict=True)])
+
+def shares_of(target, classes):
+    "A row of shares for each label, all 0 where it is missing"
+    if target.dtype.kind=='f': return rows(target)
+    return np.stack([(np.arange(classes)==y).astype(float) for y in target.ravel()])
+
+def np_adjusted(l, pred, teacher_pred, target=None, at=None):
+    "The temperatures are those of a student that says `at`"
+    s,t,seen = rows(pred),rows(teacher_pred),rows(pred if at is None else at)
+    labels = [None]*len(s) if target is None else target.ravel()
+    taus = np.full(len(s), l.T)
+    if l.dynamic=='cwsm': w = np.array([1/(softmax(a).max()+1e-3) for a in seen])
+    if l.dynamic=='flsw':
+        def length(a): return np.sqrt((a**2).sum())+1e-4
+        cos = [(a*b).sum()/length(a)/length(b) for a,b in zip(seen, t, strict=True)]
+        w = np.maximum(1-np.array(cos), 0)**l.gamma
+    if l.dynamic: taus = np.maximum(l.T+(w.mean()-w)*l.beta, 1)
+    return np.mean([tau**2*kl(a/tau, np_shown(l, b, y, tau)) for a,b,y,tau in zip(s, t, labels, taus, strict=True)])
+
+def np_shown(l, t, y, tau):
+    "Logits of what the student is shown"
+    right = l.adjust is None or not 0<=y<len(t) or t.argmax()==y
+    if right: return t/tau
+    if l.adjust=='smooth': return np.log((1-l.eps)*(np.arange(len(t))==y)+l.eps/len(t))
+    best,t = t.argmax(),t.copy()
+    t[[best,y]] = t[[y,best]]
+    return t/tau
+
+def np_mutual(l, pred, teacher_pred): return np.mean([kl(*o) for o in zip(rows(pred), rows(teacher_pred), strict=True)])
+def np_hard(l, pred, teacher_pred):
+    return -np.mean([log_softmax(s)[t.argmax()] for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -448,8 +509,8 @@ def np_fsp(l, fm_s, fm_t):
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce,
-    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp,
-    SAD:np_sad}
+    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp, SAD:np_sad,
+    HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl, AdjustedSoftTarget:np_adjusted}
 
 # ---- other seeds and odd shapes ----
 
@@ -522,8 +583,17 @@ derived = [
       for (a,b,t,at),labels in product([(1.,8.,4.,1.),(2.,.5,1.,4.)], (labelled_logits,gappy,mixed))],
     (RLD(), labelled_logits(1, 2)), (RLD(), labelled_logits(4, 5, 3, 2)),
     *[(WTTM(gamma=g, weighted=w), inputs) for g,w,inputs in product((.1,.5,1.), (True,False), (odd,dense))],
+    *[(WSL(T=t), labels(5, 37)) for t,labels in product((2.,4.), (labelled_logits,softly_labelled,gappy,mixed))],
+    (WSL(), labelled_logits(4, 5, 3, 2)),
+    *[(AdjustedSoftTarget(adjust=a, dynamic=d, beta=2., gamma=1.5), labels(5, 7))
+      for a,d,labels in product(('swap','smooth'), (None,'flsw','cwsm'), (labelled_logits,gappy))],
+    *[(AdjustedSoftTarget(adjust=None, dynamic=d), inputs) for d,inputs in product(('flsw','cwsm'), (odd,dense))],
+    (AdjustedSoftTarget(dynamic='cwsm'), labelled_logits(4, 5, 3, 2)),
+    *[(loss, inputs) for loss,inputs in product((HardTarget(),Mutual()), (odd,dense,some_logits(1, 2)))],
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
+
+without_gradient = WSL,AdjustedSoftTarget        # they hold numbers that no gradient flows through: formulas fix them `at`
 
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ', '')
@@ -553,6 +623,7 @@ def test_derived(loss, inputs, seed):
     close(v, want, 1e-9)
     close(v32, want, 2e-5)
     for k,g in grads.items(): close_grad(grads32[k], g, 1e-4)
+    if isinstance(loss, without_gradient): f = partial(f, at=given['pred'])
     for _ in range(3):
         d = {k: rng.standard_normal(a.shape) for k,a in leaves(given).items()}
         along = sum((grads[k]*d[k]).sum() for k in d)

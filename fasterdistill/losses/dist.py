@@ -12,9 +12,9 @@ from ..task import Rows,check_T
 
 # %% ../../nbs/losses/14_dist.ipynb #c011
 class DIST(DistillLoss):
-    """Match the teacher's probabilities up to a factor and a constant: by correlation, over the classes of each item and
-    over the items of the batch for each class. `(B,C)` logits to a scalar; in dense `(B,C,H,W)` and sequences `(B,L,C)`
-    each pixel or position is an item, and what the Learner's loss function ignores is left out.
+    """Match the teacher's probabilities up to a factor and a constant: by correlation, over the classes of each item
+    and over the items of the batch for each class. `(B,C)` logits to a scalar; in dense `(B,C,H,W)` and sequences
+    `(B,L,C)` each pixel or position is an item, and what the Learner's loss function ignores is left out.
     `ValueError` for a single logit, a regression or unequal classes; a batch of one item goes without.
     Huang et al., NeurIPS 2022."""
     min_items,logs = 2,('dist_inter','dist_intra')

@@ -13,9 +13,9 @@ from ..task import Rows,kl_rows
 
 # %% ../../nbs/losses/16_wttm.ipynb #c011
 class WTTM(DistillLoss):
-    """Match the teacher's probabilities raised to a power, by the student's own, with more weight on items of which the
-    teacher is unsure. `(B,C)` logits to a scalar, the mean over items; of dense `(B,C,H,W)` and sequences `(B,L,C)` over
-    pixels or positions, what the Learner's loss function ignores left out.
+    """Match the teacher's probabilities raised to a power, by the student's own, with more weight on items of which
+    the teacher is unsure. `(B,C)` logits to a scalar, the mean over items; of dense `(B,C,H,W)` and sequences `(B,L,C)`
+    over pixels or positions, what the Learner's loss function ignores left out.
     `ValueError` for a single logit, a regression or unequal classes. Zheng and Yang, ICLR 2024."""
     def __init__(self,
         gamma:float=.1,     # The power; 1/gamma is the teacher's temperature
