@@ -14,6 +14,7 @@ from copy import copy
 import numpy as np,torch
 from torch.nn.modules.module import register_module_forward_hook,register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves,tree_map
+from .as_it_was import as_it_was
 
 # %% ../../nbs/networks/00_record.ipynb #t001
 def plain(t):
@@ -83,18 +84,11 @@ def rng_kept(*ts):
 # %% ../../nbs/networks/00_record.ipynb #c006b
 @contextmanager
 def reading(*models):
-    "Evaluate `models` without changing them: eval mode, no gradients, generators and plain attributes put back"
-    modules = [m for model in models for m in model.modules()]
-    was = [(m, dict(vars(m))) for m in modules]
+    "Evaluate `models` without changing them: eval mode, no gradients, all put back. The `AsItWas` that sees to it"
     params = [next(m.parameters(), None) for m in models]
-    with rng_kept(*params), torch.no_grad(), eager():
-        try:
-            for m in modules: m.training = False
-            yield
-        finally:
-            for m,attrs in was:
-                for k in vars(m).keys()-attrs.keys(): del m.__dict__[k]
-                m.__dict__.update(attrs)
+    with rng_kept(*params), torch.no_grad(), eager(), as_it_was(*models) as was:
+        was.evaluate()
+        yield was
 
 # %% ../../nbs/networks/00_record.ipynb #c009
 Call = namedtuple('Call', 'module name n parent start out same')

@@ -16,6 +16,7 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from torch import nn
 from ..loss import DistillLoss
+from ..networks.as_it_was import AsItWas,set_mode
 from ..networks.record import device_of,plain,tupled
 from ..task import class_axis,task_kind
 from .codes import ClassOrder,Scale,Way,listed,stats_of
@@ -110,15 +111,6 @@ def _by_position(named, model):
     last = max(map(names.index, named))
     return tuple(named.get(k, defaults[k]) for k in names[:last+1])
 
-class _AsItWas:
-    "The modes and flags of a network's modules and parameters, to be put back"
-    def __init__(self, model):
-        self.modes = [(m, m.training) for m in model.modules()]
-        self.flags = [(p, p.requires_grad) for p in model.parameters()]
-    def put_back(self):
-        for m,training in self.modes: m.training = training
-        for p,wanted in self.flags: p.requires_grad_(wanted)
-
 # %% ../../nbs/teachers/00_teacher.ipynb #c007a
 class Frozen(Teacher):
     """A network that is asked and not changed: on the Learner's device, in evaluation mode and without gradients
@@ -146,8 +138,12 @@ class Frozen(Teacher):
         self.close()
         device = device_of(learn.model)
         self.way = self._way(learn, device)
-        self.was = _AsItWas(self.model)
-        self.model.to(device).eval().requires_grad_(False)
+        self.model.to(device)
+        self.was = AsItWas(self.model)
+        with self.was.watch:
+            set_mode(self.model, False)
+            for p in self.model.parameters(): p.requires_grad_(False)
+        self.was.forget_same()
     def close(self):
         if self.was is None: return
         self.was.put_back()
