@@ -1244,6 +1244,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fasterdistill/networks/record.py'),
                                                'fasterdistill.networks.record.look': ( 'networks/record.html#look',
                                                                                        'fasterdistill/networks/record.py'),
+                                               'fasterdistill.networks.record.module_by_module': ( 'networks/record.html#module_by_module',
+                                                                                                   'fasterdistill/networks/record.py'),
                                                'fasterdistill.networks.record.plain': ( 'networks/record.html#plain',
                                                                                         'fasterdistill/networks/record.py'),
                                                'fasterdistill.networks.record.reading': ( 'networks/record.html#reading',

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from ..networks.names import find_layer
 from ..networks.net import Net
-from ..networks.record import cloned,lifted,look,plain,reading,record,tensors
+from ..networks.record import cloned,lifted,look,module_by_module,plain,reading,record,tensors
 from ..networks.stages import describe,stages
 from ..networks.taps import Taps,activations,overwritten
 
@@ -92,7 +92,7 @@ class Side:
 
     def run(self):
         "The network's own pass on the batch it is at: what it returns"
-        return self.model(*self.given)
+        with module_by_module() if self.taps else nullcontext(): return self.model(*self.given)
     def tap(self, layers):
         "Tap `layers` (by name), of which the findings say whether they are overwritten"
         copies = [n for n in layers if self.found.copies[n]]

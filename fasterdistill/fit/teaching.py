@@ -16,7 +16,7 @@ from .columns import Columns
 from .learned import fill_parts,put_back_later
 from .opening import Opening,check_widths
 from ..networks.net import unhook
-from ..networks.record import stance_kept
+from ..networks.record import module_by_module,stance_kept
 
 # %% ../../nbs/fit/07_teaching.ipynb #t001
 class Quick(Callback):
@@ -51,7 +51,7 @@ class Teaching:
         self.learn,self.teacher,self.terms,self.learned,self.output = learn,teacher,terms,learned,output
         self.findings = {} if findings is None else findings
         self.columns,self.late = Columns(Task(learn, output), terms, history),Late(self)
-        self.stack,self.opening,self.order = ExitStack(),None,None
+        self.stack,self.step_stack,self.opening,self.order = ExitStack(),ExitStack(),None,None
 
     def open(self, kept=None):
         "Make ready on the batch the Learner is at, and go on from what a file `kept`"
@@ -68,7 +68,9 @@ class Teaching:
     def close(self):
         "Leave everything as it was; more than once does no harm"
         networks = self.teacher.networks() if self.teacher is not None else []
-        try: self.stack.close()
+        try:
+            self.step_stack.close()
+            self.stack.close()
         finally:                                         # and what an interrupt within opening or closing has left
             self.learned.end()
             if self.teacher is not None: self.teacher.close()
@@ -79,9 +81,11 @@ class Teaching:
     @property
     def sides(self): return self.opening.both if self.opening else ()
     def before_batch(self):
-        for side in self.sides:
-            if side.taps: side.taps.clear(on=True)
+        tapped = [side.taps for side in self.sides if side.taps]
+        for taps in tapped: taps.clear(on=True)
+        if tapped: self.step_stack.enter_context(module_by_module())
     def after_batch(self):
+        self.step_stack.close()
         for side in self.sides: side.leave()
     def before_step(self):
         if self.opening is None: return

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Call', 'Info', 'plain', 'tupled', 'cloned', 'lifted', 'tensors', 'first_tensor', 'device_of', 'eager', 'stance_kept',
-           'rng_kept', 'reading', 'as_info', 'Record', 'Kept', 'record', 'look']
+           'module_by_module', 'rng_kept', 'reading', 'as_info', 'Record', 'Kept', 'record', 'look']
 
 # %% ../../nbs/networks/00_record.ipynb #h002
 import random,sys,weakref
@@ -66,6 +66,15 @@ def stance_kept():
     back()
     return back
 
+# %% ../../nbs/networks/00_record.ipynb #c006d
+@contextmanager
+def module_by_module():
+    "Transformers call all their modules: PyTorch's fast path, which calls none and may pass nested tensors, is off"
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(was)
+
 # %% ../../nbs/networks/00_record.ipynb #c006c
 @contextmanager
 def rng_kept(*ts):
@@ -86,7 +95,7 @@ def rng_kept(*ts):
 def reading(*models):
     "Evaluate `models` without changing them: eval mode, no gradients, all put back. The `AsItWas` that sees to it"
     params = [next(m.parameters(), None) for m in models]
-    with rng_kept(*params), torch.no_grad(), eager(), as_it_was(*models) as was:
+    with rng_kept(*params), torch.no_grad(), eager(), module_by_module(), as_it_was(*models) as was:
         was.evaluate()
         yield was
 
