@@ -12,7 +12,7 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from ..missing import labels_of
 from ..networks.record import device_of,lifted,plain,tupled
-from ..task import StandIn,task_kind
+from ..task import StandIn,found_axis,task_kind
 from ..teachers.teacher import Teacher,pick,task_criterion
 
 # %% ../../nbs/fit/02_batch.ipynb #b001
@@ -34,6 +34,15 @@ class Task:
         self.loss_func = self._labelled(learn.loss_func)
         self.criterion = self._labelled(StandIn(learn.loss_func, base)) if mixed else self.loss_func
     def _labelled(self, f): return f if self.labels is None else self.labels.over(f)
+    def settle(self, raw):
+        """Find the axis of the classes with the labels at hand, from what the student returns. It is returned where
+        only labels tell it; the `criterion`, which losses and agreement ask, then states it."""
+        pred = self.prediction(raw)
+        if not isinstance(pred, torch.Tensor): return None
+        ask = (lambda z: self.loss_func(z, *self.learn.yb)) if isinstance(raw, torch.Tensor) else None
+        axis = found_axis(pred, self.target(pred), self.criterion, ask)
+        if axis is not None: self.criterion = StandIn(self.criterion, self.criterion, axis)
+        return axis
 
     def prediction(self, raw):
         "The student's prediction in what it returns"
