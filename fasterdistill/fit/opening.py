@@ -89,6 +89,8 @@ def first_batch(task, terms, sides, teacher, xb, undo, ask_task=False):
     batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0., idx=positions)
     raw,maps,_ = run_once('student', terms, sides, teacher)
     batch.know(pred=task.prediction(raw), fm_s=maps)
+    axis = task.settle(raw)
+    if teacher is not None and axis is not None: teacher.classes_at(axis)
     if ask_task or 'task_loss' in terms.names: batch.know(task_loss=task.loss(raw))
     if batch.asked:
         said,maps,was = run_once('teacher', terms, sides, teacher, batch.ask)

@@ -29,6 +29,7 @@ class Teacher:
     model = None
     def setup(self, learn): "Get ready to teach `learn`'s model: called when a fit sees its first batch"
     def close(self): "Leave the user's networks as they were (but for their device): on any way out of a fit, or twice"
+    def classes_at(self, axis): "On the first batch, where its labels alone say on which axis the classes are"
     def reset(self): "Forget hidden states between epochs, where there are any"
     def after_step(self, learn): "Called after each step of the optimizer"
     def networks(self):
@@ -148,6 +149,7 @@ class Frozen(Teacher):
         if self.was is None: return
         self.was.put_back()
         self.was = None
+    def classes_at(self, axis): self.way.axis = axis
     def reset(self):
         if hasattr(self.model, 'reset'): self.model.reset()
 
@@ -229,9 +231,10 @@ class Ensemble(Teacher):
         if not self.teachers: raise ValueError('an ensemble of no teachers: give a list of at least one')
         if kind not in (None,*_means): raise ValueError(f'Ensemble(kind={kind!r}): expected one of {_kinds}')
         self.said,self.kind,self.criterion = kind,kind,None     # the kind that was given, and the one in use
+        self.axis = None                                        # of the classes, where only the labels tell it
     def __repr__(self): return f'Ensemble({self.teachers!r})' + (f', {_means[self.kind]}' if self.kind else '')
     def setup(self, learn):
-        self.criterion = task_criterion(learn)
+        self.criterion,self.axis = task_criterion(learn),None
         self.kind = self.said or task_kind(self.criterion)
         if self.kind is None:
             raise ValueError(f'how to average an ensemble for the loss function {learn.loss_func!r} is not known: '
@@ -239,6 +242,9 @@ class Ensemble(Teacher):
         for t in self.teachers: t.setup(learn)
     def close(self):
         for t in self.teachers: t.close()
+    def classes_at(self, axis):
+        self.axis = axis
+        for t in self.teachers: t.classes_at(axis)
     def reset(self):
         for t in self.teachers: t.reset()
     def after_step(self, learn):
@@ -257,8 +263,8 @@ class Ensemble(Teacher):
         if self.kind is None: raise ValueError(f'an ensemble without a Learner averages by its kind, one of {_kinds}')
         if self.kind=='regression': return zs.mean(0)
         if self.kind=='multi': return F.logsigmoid(zs).logsumexp(0)-F.logsigmoid(-zs).logsumexp(0)
-        axis = 1+class_axis(zs[0], criterion=self.criterion)
-        return zs.log_softmax(axis).logsumexp(0)-math.log(len(zs))
+        axis = class_axis(zs[0], criterion=self.criterion) if self.axis is None else self.axis
+        return zs.log_softmax(1+axis).logsumexp(0)-math.log(len(zs))
 
 def _wide(z):
     "Single precision at least: half precision and whole numbers are not averaged as they are"
