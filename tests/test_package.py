@@ -101,7 +101,7 @@ order = '''networks.as_it_was networks.record networks.stages networks.names net
     networks.adapters
     companion weight loss task losses expressions
     teachers.codes teachers.tables teachers.teacher state missing
-    fit.terms fit.side fit.batch fit.learned fit.columns fit.opening fit.plan fit.teaching
+    fit.terms fit.side fit.batch fit.learned fit.columns fit.nonsense fit.opening fit.plan fit.teaching
     callback checkpoint show demo examples cli all'''.split()
 
 def place(module):

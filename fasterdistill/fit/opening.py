@@ -13,6 +13,7 @@ from fastai.torch_core import get_model
 from torch import nn
 from .batch import Batch,Task
 from .columns import users_metrics
+from .nonsense import check_range,doubts
 from .side import Side,example
 from ..missing import refuse_gaps
 from ..networks.as_it_was import as_it_was
@@ -88,6 +89,7 @@ def first_batch(task, terms, sides, teacher, xb, undo, ask_task=False):
     positions = torch.arange(len(xb[0]), device=task.device)
     batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0., idx=positions)
     raw,maps,_ = run_once('student', terms, sides, teacher)
+    task.find_target(raw)
     batch.know(pred=task.prediction(raw), fm_s=maps)
     axis = task.settle(raw)
     if teacher is not None and axis is not None: teacher.classes_at(axis)
@@ -146,23 +148,24 @@ class Opening:
         terms,         # `Terms`
         learned,       # `LearnedParts` of their loss
         stack,         # The `ExitStack` that undoes it
-        output=None,   # Where the student's prediction is in what it returns
+        task_of=Task,  # Makes the Learner's `Task`
         findings=None, # What an earlier fit found out, `{'student': Findings, …}`
         ask_task=False,# Whether to compute the Learner's loss, though no term reads it
     ):
         self.learn,self.teacher,self.terms,self.learned = learn,teacher,terms,learned
-        self.student = get_model(learn.model)
+        self.student,self.task = get_model(learn.model),task_of(learn)
         self._check()
         if teacher is not None:
             stack.callback(teacher.close)
             teacher.setup(learn)
-        self.task = Task(learn, output)
         xb = tuple(cloned(tupled(learn.xb)))
         with rng_kept(*xb), torch.no_grad(), as_it_was(*self.networks):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
             batch = first_batch(self.task, terms, self.sides, teacher, xb, stack, ask_task)
+            check_range(terms, batch)
             self._build(batch)
             self.values = self._try(batch)
+            self.doubts = doubts(terms, batch)           # what is odd, a sentence each
         check_tokens(batch)
         known = vars(batch).get('task_loss')
         self.task_value = None if known is None else float(known)
@@ -179,7 +182,7 @@ class Opening:
     def _check(self):
         self.terms.check_share()
         check_learner(self.learn, self.teacher, self.terms)
-        refuse_gaps(self.learn, users_metrics(self.learn))
+        refuse_gaps(self.learn, users_metrics(self.learn), self.task.criterion)
         if self.teacher is not None: check_apart(self.student, self.teacher)
     def _build(self, batch):
         "Make what learns, on the student's device and in its precision"

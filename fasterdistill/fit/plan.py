@@ -103,7 +103,7 @@ class Plan:
         self.sizes = [_count(opening.learn.model.parameters()),
                       sum(_count(n.parameters()) for n in teacher.networks()) if teacher is not None else 0]
         self.student,self.teacher,self.loss = type(opening.student).__name__,repr(teacher),_whole(terms)
-        self.task,self.advice = opening.task_value,advice(self.rows)
+        self.task,self.advice = opening.task_value,[*opening.doubts,*advice(self.rows)]
     @property
     def frame(self):
         "The terms as a DataFrame, a line for each pair of layers; what all of them share stands in the first"

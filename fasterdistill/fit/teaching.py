@@ -6,6 +6,7 @@
 __all__ = ['Quick', 'Late', 'Teaching', 'around_fit']
 
 # %% ../../nbs/fit/07_teaching.ipynb #h002
+import warnings
 from contextlib import ExitStack,contextmanager,nullcontext
 import torch
 from fastai.callback.core import Callback
@@ -44,19 +45,20 @@ class Teaching:
         teacher,       # A `Teacher` or None
         terms,         # `Terms`
         learned,       # `LearnedParts` of their loss
-        output=None,   # Where the student's prediction is in what it returns
+        task_of=Task,  # Makes the Learner's `Task`
         findings=None, # What earlier fits found out about the networks, which this one adds to
         history=None,  # A list that gets the means of each epoch
     ):
-        self.learn,self.teacher,self.terms,self.learned,self.output = learn,teacher,terms,learned,output
+        self.learn,self.teacher,self.terms,self.learned,self.task_of = learn,teacher,terms,learned,task_of
         self.findings = {} if findings is None else findings
-        self.columns,self.late = Columns(Task(learn, output), terms, history),Late(self)
+        self.columns,self.late = Columns(task_of(learn), terms, history),Late(self)
         self.stack,self.step_stack,self.opening,self.order = ExitStack(),ExitStack(),None,None
 
     def open(self, kept=None):
         "Make ready on the batch the Learner is at, and go on from what a file `kept`"
-        o = Opening(self.learn, self.teacher, self.terms, self.learned, self.stack, self.output, self.findings)
+        o = Opening(self.learn, self.teacher, self.terms, self.learned, self.stack, self.task_of, self.findings)
         self.opening = o
+        for doubt in o.doubts: warnings.warn(doubt)
         self.findings.update(o.findings)
         if kept is not None: fill_parts(self.learned, kept)
         self.learned.start_equal()
