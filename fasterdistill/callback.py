@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
+from .fit.batch import Task
 from .fit.learned import LearnedParts,check_kept,copied,kept_parts
 from .fit.opening import Opening
 from .fit.plan import Plan,a_batch,devices_kept
@@ -39,7 +40,9 @@ def suited(learn, now=None):
     kind = task_kind(task_criterion(learn))
     if kind is None:
         raise ValueError(f'no loss is given, and what suits the loss function {learn.loss_func!r} is not known: '
-                         'name one, as in KnowledgeDistillationCallback(teacher, SoftTarget())')
+                         'name one (SoftTarget() where an item is one class of several, BinarySoftTarget() where '
+                         'outputs are yes or no each, Logits() for a regression), or say which it is by an attribute '
+                         "of the function, loss_func.kind = 'single', 'multi' or 'regression'")
     suits = dict(single=SoftTarget, multi=BinarySoftTarget, regression=Logits)[kind]
     return now if type(now) is suits else suits()
 
@@ -57,20 +60,25 @@ class KnowledgeDistillationCallback(Quick):
         weight=0.5,               # Share of distillation, 0 to 1 or a function of `pos`; not beside `TaskLoss()`
         schedule=None,            # A function of `pos` that multiplies `weight`
         output=None,              # The student's prediction in a tuple or dict: a position, a key or a function
+        target=None,              # Which of several targets belongs to it, likewise; by default that in the same place
+        ignore_index=None,        # The label that is left out, where the loss function does not tell
         columns=True,             # Show each loss and the agreement with the teacher in the training table
     ):
         super().__init__()
         self.teacher,self.loss = as_teacher(teacher),None if loss is None else as_loss(loss)
         self.activations = activations_student,activations_teacher
-        self.weight,self.schedule,self.output,self.columns = weight,schedule,output,columns
+        self.weight,self.schedule,self.columns = weight,schedule,columns
+        self.output,self.target,self.ignore_index = output,target,ignore_index
         self.suits = self.loss is None                   # the loss is the one that suits the Learner
         self.teaching,self.learned,self.shown = None,None,None   # of the fit under way, or of the last one
         self.kept,self.past,self.findings = None,[],{}   # a file to go on from; epochs; what is known of the networks
         check_share(weight, schedule)
+        if ignore_index is not None and not isinstance(ignore_index, int):
+            raise TypeError(f'ignore_index={ignore_index!r}: expected the label that is left out, an integer')
         if self.loss is not None: self.terms_of(self.loss)
 
     def __repr__(self):
-        usual = dict(weight=.5, schedule=None, output=None)
+        usual = dict(weight=.5, schedule=None, output=None, target=None, ignore_index=None)
         said = {k: getattr(self, k) for k,v in usual.items() if getattr(self, k)!=v}
         more = ''.join(f', {k}={shown(v)}' for k,v in said.items())
         return f'{type(self).__name__}({self.teacher!r}, {self.loss!r}{more})'
@@ -89,6 +97,7 @@ class KnowledgeDistillationCallback(Quick):
     def terms_of(self, loss):
         "`loss` as `Terms`; `ValueError` for what can be said before there is a batch"
         return Terms(loss, self.activations, self.weight, self.schedule).check(self.teacher)
+    def task_of(self, learn): return Task(learn, self.output, self.target, self.ignore_index)
     @contextmanager
     def fitting(self, learn):
         "Around `Learner.fit`"
@@ -96,7 +105,7 @@ class KnowledgeDistillationCallback(Quick):
         if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
         self.past.clear()
         terms = self.terms_of(self.loss)
-        now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.output, self.findings, self.past)
+        now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.task_of, self.findings, self.past)
         self.shown = now.columns
         try:
             with around_fit(now, self.columns): yield
@@ -156,7 +165,7 @@ class KnowledgeDistillationCallback(Quick):
         networks = self.teacher.networks() if self.teacher is not None else []
         with devices_kept(networks), a_batch(learn), ExitStack() as stack:
             parts = LearnedParts(terms.loss)
-            return Plan(Opening(learn, self.teacher, terms, parts, stack, self.output, ask_task=True), terms)
+            return Plan(Opening(learn, self.teacher, terms, parts, stack, self.task_of, ask_task=True), terms)
     @property
     def parts(self):
         "The value of each loss on the last batch, as numbers"

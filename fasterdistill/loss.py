@@ -88,6 +88,7 @@ class DistillLoss(Companion, metaclass=_LossMeta):
     with the student. `TypeError`, when the class is defined, for a name that cannot be read."""
     layers = None    # default layers: None, 'stages', 'stages[-3:]', 'last', 'embedding', 'output', or a list of names
     min_items = 1    # smaller batches go without this term
+    start = 0.       # the fraction of the fit before which it is 0, as the method has it
     pools = False    # whether paired maps are of one size does not matter: means over positions are compared
     _readers = dict(forward=(), build=())    # methods that read by name, and what else each may name
 

@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import GetAttr
 from .networks.record import lifted,plain
-from .task import class_axis,ignored_label,task_kind
+from .task import class_axis,ignored_label,task_kind,told
 from .teachers.teacher import task_criterion
 
 # %% ../nbs/05_missing.ipynb #c006
@@ -60,12 +60,11 @@ def _by_item(pred, yb, holes):
 # %% ../nbs/05_missing.ipynb #c006e
 def _refuse_places(criterion, metrics):
     "`ValueError` for what tells outputs apart by their place, which labels taken one by one no longer have"
-    for f in (criterion,getattr(criterion, 'func', None)):
-        for name in ('weight','pos_weight'):
-            w = getattr(f, name, None)
-            if isinstance(w, torch.Tensor) and w.numel()>1:
-                raise ValueError(f'{type(criterion).__name__} weighs {w.numel()} outputs by their place ({name}), '
-                                 'which labels taken one by one do not have')
+    for name in ('weight','pos_weight'):
+        w = told(criterion, name, torch.Tensor)
+        if w is not None and w.numel()>1:
+            raise ValueError(f'{type(criterion).__name__} weighs {w.numel()} outputs by their place ({name}), '
+                             'which labels taken one by one do not have')
     bad = [m.name for m in metrics if getattr(m, 'flatten', True) is False]
     if bad:
         raise ValueError(f'{", ".join(bad)} is computed for each output by its place, '
@@ -207,13 +206,14 @@ def labels_of(
     return next(filter(is_one, learn.cbs), None)
 
 def refuse_gaps(
-    learn,   # A Learner with a batch at hand
-    metrics, # Those of its metrics that are the user's own
+    learn,          # A Learner with a batch at hand
+    metrics,        # Those of its metrics that are the user's own
+    criterion=None, # What is known of its loss function, if that is more than the function says
 ):
     """`ValueError` where items of the batch have no label, and neither the loss function nor a `MissingLabels`
     leaves them out. A regression's whole numbers are numbers, -100 too."""
     if labels_of(learn) is not None: return
-    criterion = task_criterion(learn)
+    criterion = criterion or task_criterion(learn)
     left_out = ignored_label(criterion)==-100 and not len(metrics)     # and there is no metric to mislead
     wanted = task_kind(criterion)!='regression' and not left_out       # whether -100 is a label that is missed
     def n_missing(y):

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from common import KD,StepLosses,left,learner,seed,state,tuples
+from common import At,KD,StepLosses,asked,left,learner,seed,state,tuples
 from fastai.optimizer import SGD
 from torch import nn
 
 from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.answers import HardTarget
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.ofa import OFA
 from fasterdistill.losses.tas import TAS
@@ -77,3 +78,28 @@ def test_three_steps(teacher, student, method):
     assert all(torch.equal(v, was[k]) for k,v in t.state_dict().items())
     assert any(not torch.equal(a, b) for a,b in zip(s.parameters(), start.parameters(), strict=True))
     assert [*kd.loss.parameters()] or method=='InfoNCE'
+
+def test_distillation_token():
+    "The teacher's class goes to the second answer of timm's DeiT alone, the label to the first"
+    x,y = batch()
+    seed(1)
+    teacher = teachers['ResNet'](num_classes=n_classes)
+    seed(2)
+    student = students['DeiT'](num_classes=n_classes)
+    student.set_distilled_training(True)
+    def first(pred, y): return nn.functional.cross_entropy(pred[0] if isinstance(pred, tuple) else pred, y)
+    grads = {}
+    def note(learn): grads.update({n: p.grad.clone() for n,p in learn.model.named_parameters() if 'head' in n})
+    kd = KD(teacher, .5*TaskLoss() + .5*HardTarget().at('head_dist'))
+    learn = learner(student, tuples(x, y, n=n, valid=n, bs=n), loss_func=first, opt_func=SGD, metrics=[],
+                    cbs=[kd,At('before_step', note)])
+    twin = copy.deepcopy(student).train()
+    learn.fit(1, 1e-5)
+
+    says = asked(teacher, x).argmax(1)
+    a,b = twin(x)
+    loss = .5*nn.functional.cross_entropy(a, y) + .5*nn.functional.cross_entropy(b, says)
+    loss.backward()
+    for k,g in grads.items(): torch.testing.assert_close(g, twin.get_parameter(k).grad, rtol=1e-4, atol=1e-6)
+    assert {*grads}=={'head.weight','head.bias','head_dist.weight','head_dist.bias'}
+    assert (says!=y).any()

@@ -15,6 +15,8 @@ from fastai.losses import (BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossF
 from torch import nn
 
 from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.adjusted import AdjustedSoftTarget
+from fasterdistill.losses.answers import HardTarget,Mutual
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.dist import DIST
 from fasterdistill.losses.dkd import DKD
@@ -26,7 +28,9 @@ from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.nst import NST
 from fasterdistill.losses.ofa import OFALogits
 from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.sad import SAD,position_shares
 from fasterdistill.losses.vid import VID
+from fasterdistill.losses.wsl import WSL
 from fasterdistill.losses.wttm import WTTM
 
 folder = Path(__file__).parent/'vectors'
@@ -149,10 +153,24 @@ logit_refs += [
         'out_rld', of_zs, ordinary),
     *[Ref('wttm', lambda v,i,weighted=weighted: WTTM(gamma=gamma(v,i), weighted=weighted), logits, f'out_{name}',
           {pred:f'grad_zs_{name}'}, ordinary, id=name) for name,weighted in dict(wttm=True, ttm=False).items()],
+    *[Ref('wsl', lambda v,i: WSL(T=T(v,i)), labelled, 'out_wsl', of_zs, f'{case}__', id=f'wsl-{case}')
+      for case in ('ordinary','extreme')],
     Ref('nkd', lambda v,i: NKD(**row(v, i, 'gamma_T', 'gamma', 'T')), labelled, 'out_nkd', of_zs, ordinary),
     Ref('dist', lambda v,i: DIST(**row(v, i, 'beta_gamma_tau', 'beta', 'gamma', 'tau')), logits, 'out_dist', of_zs,
         ordinary),
 ]
+
+def adjusted_ref(name, case, **kwargs):
+    return Ref('adjusted_soft_target', lambda v,i: AdjustedSoftTarget(T=4, **kwargs), labelled, f'out_{name}',
+               {pred:f'grad_zs_{name}'}, f'{case}__', id=f'adjusted-{name}-{case}')
+
+adjusted = dict(
+    swap_T4=dict(adjust='swap'), smooth_T4_eps01=dict(adjust='smooth', eps=.1),
+    flsw_T4_beta2_gamma2=dict(adjust=None, dynamic='flsw', beta=2, gamma=2),
+    cwsm_T4_beta05=dict(adjust=None, dynamic='cwsm', beta=.5),
+    swap_flsw_T4_beta2_gamma2=dict(adjust='swap', dynamic='flsw', beta=2, gamma=2))
+logit_refs += [adjusted_ref(name, case, **kwargs)
+               for case in ('ordinary','extreme') for name,kwargs in adjusted.items()]
 
 def attention_ref(map, p, form):
     differentiated = form=='code' and (map,p) in (('sum',1),('sum',2),('max',2))
@@ -188,8 +206,18 @@ feature_refs = [
     Ref('vid', lambda v,i: VID(eps=float(v['par_eps'])), maps, 'out_vid',
         of_fs|{'adapters.0.log_scale':'grad_log_scale'}, par=vid_par)]
 
+def neighbours(v): return dict(fm_s=dict(lower=v['in_lower'], deeper=v['in_deeper']))
+def sad_refs(case):
+    grads = {('fm_s','lower'):'grad_lower_mse_mean'}
+    moved = grads|{('fm_s','deeper'):'grad_deeper_if_not_detached_mse_mean'}
+    id = f'sad-{case.rstrip("_")}'
+    return [
+        Ref('sad_pair', lambda v,i: SAD(form='code', detach=False), neighbours, 'out_mse_mean', moved, case, id=id),
+        Ref('sad_pair', lambda v,i: SAD(detach=False), neighbours, 'out_sum_sq_per_sample_mean', case=case,
+            id=f'{id}-paper')]
+
 refs = [
-    *logit_refs, *feature_refs,
+    *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *feature_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -215,6 +243,7 @@ later = {                                           # what no row of `refs` read
     'fitnet': {'out_half_sum_sq_per_sample_mean'},                                       # in another scale
     'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
     'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
+    'sad_pair': {'out_psi_lower','out_psi_deeper'},                          # the shares themselves: a test below
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
 
@@ -240,6 +269,14 @@ def test_fsp_matrix(dtype):
     v = Ref('fsp', None, None, None).vectors
     a,b = (torch.tensor(v[f'in_student_{i}'], dtype=dtype) for i in (0,1))
     close_grad(fsp_matrix(a, b).double().numpy(), v['out_fsp_student_0'], value_tol[dtype])
+
+@pytest.mark.parametrize('case', ['equal__','target_half_size__'])
+def test_shares_of_positions(case):
+    "What SAD compares: the deeper map at the size of the other"
+    v = Ref('sad_pair', None, None, None, case=case).vectors
+    lower,deeper = (torch.tensor(v[f'in_{k}'], dtype=torch.float64) for k in ('lower','deeper'))
+    close(position_shares(lower), v['out_psi_lower'], 1e-7)                      # kept in float32
+    close(position_shares(deeper, lower.shape[2:]), v['out_psi_deeper'], 1e-7)
 
 def test_seed_worked_example():
     "The softened probabilities, read off the gradient against a teacher that knows nothing: `T(p-1/C)`"
@@ -344,6 +381,50 @@ def np_wttm(l, pred, teacher_pred):
         return weight*kl(s, l.gamma*t)
     return np.mean([one(s, t) for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
 
+def np_wsl(l, pred, teacher_pred, target, mix=None, at=None):
+    "The weights are those of a student that says `at`"
+    def one(s, t, q, seen):
+        of_s,of_t = (-(q*log_softmax(z)).sum() for z in (seen,t))
+        w = 1-np.exp(-max(of_s/(of_t+1e-7), 0)) if q.any() else 1.
+        return -w*l.T**2*(softmax(t/l.T)*log_softmax(s/l.T)).sum()
+    shares = shares_of(target, pred.shape[1])
+    if mix is not None:
+        other,lam = shares_of(mix[0], pred.shape[1]),mix[1].astype(float)[:,None]
+        shares = lam*shares+(1-lam)*other
+    seen = rows(pred if at is None else at)
+    return np.mean([one(*o) for o in zip(rows(pred), rows(teacher_pred), shares, seen, strict=True)])
+
+def shares_of(target, classes):
+    "A row of shares for each label, all 0 where it is missing"
+    if target.dtype.kind=='f': return rows(target)
+    return np.stack([(np.arange(classes)==y).astype(float) for y in target.ravel()])
+
+def np_adjusted(l, pred, teacher_pred, target=None, at=None):
+    "The temperatures are those of a student that says `at`"
+    s,t,seen = rows(pred),rows(teacher_pred),rows(pred if at is None else at)
+    labels = [None]*len(s) if target is None else target.ravel()
+    taus = np.full(len(s), l.T)
+    if l.dynamic=='cwsm': w = np.array([1/(softmax(a).max()+1e-3) for a in seen])
+    if l.dynamic=='flsw':
+        def length(a): return np.sqrt((a**2).sum())+1e-4
+        cos = [(a*b).sum()/length(a)/length(b) for a,b in zip(seen, t, strict=True)]
+        w = np.maximum(1-np.array(cos), 0)**l.gamma
+    if l.dynamic: taus = np.maximum(l.T+(w.mean()-w)*l.beta, 1)
+    return np.mean([tau**2*kl(a/tau, np_shown(l, b, y, tau)) for a,b,y,tau in zip(s, t, labels, taus, strict=True)])
+
+def np_shown(l, t, y, tau):
+    "Logits of what the student is shown"
+    right = l.adjust is None or not 0<=y<len(t) or t.argmax()==y
+    if right: return t/tau
+    if l.adjust=='smooth': return np.log((1-l.eps)*(np.arange(len(t))==y)+l.eps/len(t))
+    best,t = t.argmax(),t.copy()
+    t[[best,y]] = t[[y,best]]
+    return t/tau
+
+def np_mutual(l, pred, teacher_pred): return np.mean([kl(*o) for o in zip(rows(pred), rows(teacher_pred), strict=True)])
+def np_hard(l, pred, teacher_pred):
+    return -np.mean([log_softmax(s)[t.argmax()] for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -395,6 +476,25 @@ def np_nst(l, fm_s, fm_t):
         total += np.mean([kernel(a, a)+kernel(b, b)-2*kernel(a, b) for a,b in zip(*items, strict=True)])
     return total
 
+def np_enlarged(a, h, w):
+    "`(H,W)` at `h` by `w` places, each between its two neighbours of each direction; the borders go on outwards"
+    def between(n, m):
+        at = np.clip((np.arange(m)+.5)*n/m-.5, 0, n-1)
+        i = np.minimum(np.floor(at).astype(int), n-2) if n>1 else np.zeros(m, dtype=int)
+        return i,np.minimum(i+1, n-1),at-i
+    (i,i1,u),(j,j1,v) = between(a.shape[0], h),between(a.shape[1], w)
+    rows = a[i]*(1-u)[:,None]+a[i1]*u[:,None]
+    return rows[:,j]*(1-v)+rows[:,j1]*v
+
+def np_sad(l, fm_s):
+    "Neighbour by neighbour, item by item"
+    total = 0.
+    for a,b in zip([*fm_s.values()][:-1], [*fm_s.values()][1:], strict=True):
+        def shares(z): return softmax(np_enlarged((z.astype(float)**2).sum(0), *a.shape[2:]).ravel()/l.T)
+        squares = [(shares(x)-shares(y))**2 for x,y in zip(a, b, strict=True)]
+        total += np.mean([o.mean() if l.form=='code' else o.sum() for o in squares])
+    return total
+
 def np_fsp(l, fm_s, fm_t):
     "Neighbour by neighbour, item by item, channel by channel"
     def tables(maps): return [[table(*o) for o in zip(*np_same_size(a, b), strict=True)]
@@ -409,7 +509,8 @@ def np_fsp(l, fm_s, fm_t):
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce,
-    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp}
+    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp, SAD:np_sad,
+    HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl, AdjustedSoftTarget:np_adjusted}
 
 # ---- other seeds and odd shapes ----
 
@@ -423,6 +524,7 @@ def some_maps(*pairs):
         s,t = ({f'{i}': normal(rng, p[side]) for i,p in enumerate(pairs)} for side in (0,1))
         return dict(fm_s=s, fm_t=t)
     return make
+def own_maps(*shapes): return lambda rng: dict(fm_s={f'{i}': normal(rng, o) for i,o in enumerate(shapes)})
 def labelled_logits(*shape):
     return lambda rng: dict(some_logits(*shape)(rng), target=rng.integers(0, shape[1], (shape[0],*shape[2:])))
 def softly_labelled(*shape):
@@ -447,6 +549,7 @@ def mixed(*shape):
         return dict(given, mix=(other,rng.random(n).astype(np.float32)))
     return make
 
+blocks,odd_blocks = own_maps((5,3,8,6), (5,6,4,3), (5,9,2,2)),own_maps((5,7,9,5), (5,11,4,7))
 odd,dense = some_logits(5, 37),some_logits(4, 5, 3, 2)
 even_maps = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6)))
 unequal = some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
@@ -464,6 +567,7 @@ derived = [
       for p,m,form,g in product((1,2,3,4), ('sum','max'), forms, (even_maps,unequal))],
     (FitNet(adapter=None), even_maps),
     (NST(), even_maps), (NST(), unequal),
+    *[(SAD(T=t, form=form, detach=False), g) for t,form,g in product((1.,8.), ('paper','code'), (blocks,odd_blocks))],
     *[(FSP(form=form), g) for form,g in product(forms, (even_maps,deep))],
     *[(InfoNCE(tau=t, **k), g)
       for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
@@ -479,8 +583,17 @@ derived = [
       for (a,b,t,at),labels in product([(1.,8.,4.,1.),(2.,.5,1.,4.)], (labelled_logits,gappy,mixed))],
     (RLD(), labelled_logits(1, 2)), (RLD(), labelled_logits(4, 5, 3, 2)),
     *[(WTTM(gamma=g, weighted=w), inputs) for g,w,inputs in product((.1,.5,1.), (True,False), (odd,dense))],
+    *[(WSL(T=t), labels(5, 37)) for t,labels in product((2.,4.), (labelled_logits,softly_labelled,gappy,mixed))],
+    (WSL(), labelled_logits(4, 5, 3, 2)),
+    *[(AdjustedSoftTarget(adjust=a, dynamic=d, beta=2., gamma=1.5), labels(5, 7))
+      for a,d,labels in product(('swap','smooth'), (None,'flsw','cwsm'), (labelled_logits,gappy))],
+    *[(AdjustedSoftTarget(adjust=None, dynamic=d), inputs) for d,inputs in product(('flsw','cwsm'), (odd,dense))],
+    (AdjustedSoftTarget(dynamic='cwsm'), labelled_logits(4, 5, 3, 2)),
+    *[(loss, inputs) for loss,inputs in product((HardTarget(),Mutual()), (odd,dense,some_logits(1, 2)))],
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
+
+without_gradient = WSL,AdjustedSoftTarget        # they hold numbers that no gradient flows through: formulas fix them `at`
 
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ', '')
@@ -510,6 +623,7 @@ def test_derived(loss, inputs, seed):
     close(v, want, 1e-9)
     close(v32, want, 2e-5)
     for k,g in grads.items(): close_grad(grads32[k], g, 1e-4)
+    if isinstance(loss, without_gradient): f = partial(f, at=given['pred'])
     for _ in range(3):
         d = {k: rng.standard_normal(a.shape) for k,a in leaves(given).items()}
         along = sum((grads[k]*d[k]).sum() for k in d)
@@ -584,7 +698,7 @@ def extreme_logits(rng, shape):
 def large_and_zero_maps(given):
     "Scaled by 50; the first sample is zero for the student, the second for the teacher, the third for both"
     for side,zero in (('fm_s',(0,2)), ('fm_t',(1,2))):
-        for a in given[side].values():
+        for a in given.get(side, {}).values():
             a *= 50
             for r in zero: a[r] = 0
     return given

@@ -6,11 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,MSELossFlat
+from common import KD,X,learner,seed,state,tuples
+from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLoss,MSELossFlat
 from torch import nn
 
-from fasterdistill.task import (Rows,StandIn,check_labels,class_axis,ignored_label,item_classes,
+from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.logits import SoftTarget
+from fasterdistill.task import (Rows,StandIn,check_labels,class_axis,found_axis,ignored_label,item_classes,
                                 label_shares,same_class,task_kind)
+from fasterdistill.teachers.teacher import Ensemble,Frozen
 
 # ---- stand-ins ----
 
@@ -50,6 +54,60 @@ def test_what_stands_behind_is_found(base, kind, axis, ignored):
     if kind!='single' and hasattr(base, 'axis'): axis = base.axis%3
     for f in (base,StandIn(half, base),StandIn(half, StandIn(half, base))):
         assert (task_kind(f),class_axis(z, criterion=f),ignored_label(f))==(kind,axis,ignored)
+
+# ---- where the classes are ----
+
+def own(pred, y): return F.cross_entropy(pred, y)
+def own_last(pred, y): return F.cross_entropy(pred.movedim(-1, 1), y)
+
+@pytest.mark.parametrize('shape', [(2,5,7),(2,5,4,4),(2,5,3,4,6)], ids=str)
+def test_labels_say_where_the_classes_are(shape):
+    "First or last, of sequences, maps and volumes; without them it is a guess"
+    for f,axis in ((own,1),(own_last,len(shape)-1)):
+        z = torch.randn(shape).movedim(1, axis)
+        y = torch.zeros(shape[:1]+shape[2:]).long()
+        assert found_axis(z, y, f)==class_axis(z, y, f)==axis
+        assert found_axis(z, y.float(), f) is None and found_axis(z, None, f) is None
+        assert found_axis(z, y, nn.CrossEntropyLoss()) is found_axis(z, y, nn.MSELoss()) is None
+
+@pytest.mark.parametrize('shape', [(3,6,6),(3,5,5,5)], ids=str)
+def test_as_many_classes_as_positions(shape):
+    "The loss function knows, whichever way its classes are"
+    z,y = torch.randn(shape),torch.randint(0, 5, shape[:-1])
+    for f,axis in ((own,1),(own_last,len(shape)-1),(FocalLoss(),1)):
+        assert found_axis(z, y, f, lambda z, f=f: f(z, y))==axis
+
+lengths = {11: 'other', 5: 'as many'}        # positions, of five classes
+
+def sequences(L):
+    "Digits as eight channels of eight positions, or a few more, or fewer, each position with a class"
+    x = torch.cat([X[:160,0],X[:160,0]], 2)[...,:L]
+    return tuples(x, (x.mean(1)*10).long().clamp(0, 4))
+
+def conv(classes, s):
+    seed(s)
+    return nn.Sequential(nn.Conv1d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv1d(6, classes, 1))
+
+def taught(teacher, loss_func, L):
+    "The history of a fit, what it learned"
+    learn,cb = learner(conv(5, 0), sequences(L), loss_func=loss_func, metrics=[]),KD(teacher(), TaskLoss()+SoftTarget())
+    learn.fit(1, cbs=cb)
+    return cb.history[0],state(learn.model)
+
+def of_other_classes(): return Frozen(conv(7, 3), classes=[6,5,4,3,2])
+
+teachers = dict(one=lambda: conv(5, 1), several=lambda: Ensemble([conv(5, 1),conv(5, 2)], 'single'),
+                other_classes=of_other_classes,
+                several_of_other_classes=lambda: Ensemble([of_other_classes(),conv(5, 1)], 'single'))
+
+@pytest.mark.parametrize('L', lengths, ids=lengths.get)
+@pytest.mark.parametrize('name', teachers)
+def test_one_axis_for_all(name, L):
+    """`(B,C,L)` predictions under a function that states no axis: ensemble, other classes, the loss and the agreement
+    are what they are under torch's own, which does"""
+    (a,weights),(b,others) = (taught(teachers[name], f, L) for f in (own,nn.CrossEntropyLoss()))
+    assert a==pytest.approx(b)
+    for k in others: assert torch.equal(weights[k], others[k])
 
 # ---- labels ----
 

@@ -11,7 +11,7 @@ import torch
 from fastai.learner import ValueMetric
 from ..losses.logits import SoftTarget
 from ..networks.record import lifted
-from ..task import class_axis
+from ..task import class_axis,counted
 
 # %% ../../nbs/fit/04_columns.ipynb #c001
 class Mean:
@@ -73,11 +73,18 @@ class Columns:
         self.note(term.name, value)
         for n,v in term.loss.take_logged().items(): self.note(self.logged[term.name][n], v)
     def note_agreement(self, batch):
-        "The share of items (pixels, positions) of which both say the same; under MixUp and CutMix there is none"
+        "The share of items (pixels and positions with a label) of which both say the same; with MixUp there is none"
         if not self.agreement or not batch.asked or batch.task.mixer is not None: return
         s,t = batch.pred.detach(),batch.teacher_pred
+        y = batch.target if s.ndim>2 else None           # which pixels or positions have a label
+        if not isinstance(y, torch.Tensor): y = None
         if self.agreement=='sign': same = (s>0)==(t>0)
         else:
-            axis = class_axis(s, criterion=batch.criterion)
+            axis = class_axis(s, y, batch.criterion)
             same = s.argmax(axis)==t.argmax(axis)
-        self.note('agreement', same.float().mean())
+        counts = counted(y, same.numel(), batch.criterion)
+        self.note('agreement', same.float().mean() if counts is None else _share(same.reshape(-1), counts))
+
+def _share(same, counts):
+    "The mean of `same` over the rows that count"
+    return (same & counts).sum()/counts.sum().clamp(min=1)

@@ -13,8 +13,10 @@ from fastai.torch_core import get_model
 from torch import nn
 from .batch import Batch,Task
 from .columns import users_metrics
+from .nonsense import check_range,doubts
 from .side import Side,example
 from ..missing import refuse_gaps
+from ..networks.as_it_was import as_it_was
 from ..networks.record import cloned,lifted,plain,reading,rng_kept,tupled
 
 # %% ../../nbs/fit/05_opening.ipynb #o001
@@ -71,24 +73,30 @@ def sides_of(student, teacher, xb, task, findings):
     return dict(student=one, teacher=Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher')))
 
 def run_once(who, terms, sides, teacher, ask=None):
-    "What a network says in evaluation mode, and its activations that terms read, by name"
+    """What a network says in evaluation mode, its activations that terms read, by name,
+    and the `AsItWas` that knows what this changed of it"""
     side = sides[who]
     if side is None:
-        with reading(*teacher.networks()): return ask(),{}
+        with reading(*teacher.networks()) as was: return ask(),{},was
     layers = dict.fromkeys(n for t in terms for n in t.layers[who].values())
-    return example(side, list(layers), ask, resumed=who in terms.names)
+    return *example(side, list(layers), ask, resumed=who in terms.names),side.was
 
-def first_batch(task, terms, sides, teacher, xb, ask_task=False):
-    "The `Batch` that terms are tried on; nothing of it is a training step"
+def first_batch(task, terms, sides, teacher, xb, undo, ask_task=False):
+    """The `Batch` that terms are tried on; nothing of it is a training step.
+    What the teacher's own pass changes of it each step will change too: the `ExitStack` `undo` puts it back"""
     for t in terms: t.layers_on(sides)
     asked = any(t.needs & {'teacher_pred','fm_t'} for t in terms)
     positions = torch.arange(len(xb[0]), device=task.device)
     batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0., idx=positions)
-    raw,maps = run_once('student', terms, sides, teacher)
+    raw,maps,_ = run_once('student', terms, sides, teacher)
+    task.find_target(raw)
     batch.know(pred=task.prediction(raw), fm_s=maps)
+    axis = task.settle(raw)
+    if teacher is not None and axis is not None: teacher.classes_at(axis)
     if ask_task or 'task_loss' in terms.names: batch.know(task_loss=task.loss(raw))
     if batch.asked:
-        said,maps = run_once('teacher', terms, sides, teacher, batch.ask)
+        said,maps,was = run_once('teacher', terms, sides, teacher, batch.ask)
+        undo.callback(was.put_back)
         batch.know(teacher_pred=lifted(plain(said)), fm_t=maps)
     for who,side in sides.items():
         if side is not None and who in terms.names: side.make_net()
@@ -140,23 +148,24 @@ class Opening:
         terms,         # `Terms`
         learned,       # `LearnedParts` of their loss
         stack,         # The `ExitStack` that undoes it
-        output=None,   # Where the student's prediction is in what it returns
+        task_of=Task,  # Makes the Learner's `Task`
         findings=None, # What an earlier fit found out, `{'student': Findings, …}`
         ask_task=False,# Whether to compute the Learner's loss, though no term reads it
     ):
         self.learn,self.teacher,self.terms,self.learned = learn,teacher,terms,learned
-        self.student = get_model(learn.model)
+        self.student,self.task = get_model(learn.model),task_of(learn)
         self._check()
         if teacher is not None:
             stack.callback(teacher.close)
             teacher.setup(learn)
-        self.task = Task(learn, output)
         xb = tuple(cloned(tupled(learn.xb)))
-        with rng_kept(*xb), torch.no_grad():
+        with rng_kept(*xb), torch.no_grad(), as_it_was(*self.networks):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
-            batch = first_batch(self.task, terms, self.sides, teacher, xb, ask_task)
+            batch = first_batch(self.task, terms, self.sides, teacher, xb, stack, ask_task)
+            check_range(terms, batch)
             self._build(batch)
             self.values = self._try(batch)
+            self.doubts = doubts(terms, batch)           # what is odd, a sentence each
         check_tokens(batch)
         known = vars(batch).get('task_loss')
         self.task_value = None if known is None else float(known)
@@ -169,11 +178,11 @@ class Opening:
     @property
     def findings(self): return {side.who: side.found for side in self.both}
     @property
-    def networks(self): return [self.learn.model,*(self.teacher.networks() if self.teacher is not None else ())]
+    def networks(self): return [self.student,*(self.teacher.networks() if self.teacher is not None else ())]
     def _check(self):
         self.terms.check_share()
         check_learner(self.learn, self.teacher, self.terms)
-        refuse_gaps(self.learn, users_metrics(self.learn))
+        refuse_gaps(self.learn, users_metrics(self.learn), self.task.criterion)
         if self.teacher is not None: check_apart(self.student, self.teacher)
     def _build(self, batch):
         "Make what learns, on the student's device and in its precision"

@@ -60,7 +60,7 @@ class Row:
         self.term,self.value = term,opening.values.get(term.name)
         self.weight = '*'.join(map(shown, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
-        self.first = term.weight(0., 0.)                 # of the fit's first step
+        self.first = 0. if term.loss.start else term.weight(0., 0.)   # of the fit's first step
         read = [(term.layers[who],side) for who,side in opening.sides.items() if term.layers[who]]
         texts = [[_layer(k, n, side) for k,n in layers.items()] for layers,side in read]
         self.layers = [' → '.join(pair) for pair in zip(*texts, strict=True)]
@@ -103,7 +103,7 @@ class Plan:
         self.sizes = [_count(opening.learn.model.parameters()),
                       sum(_count(n.parameters()) for n in teacher.networks()) if teacher is not None else 0]
         self.student,self.teacher,self.loss = type(opening.student).__name__,repr(teacher),_whole(terms)
-        self.task,self.advice = opening.task_value,advice(self.rows)
+        self.task,self.advice = opening.task_value,[*opening.doubts,*advice(self.rows)]
     @property
     def frame(self):
         "The terms as a DataFrame, a line for each pair of layers; what all of them share stands in the first"

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from ..networks.names import find_layer
 from ..networks.net import Net
-from ..networks.record import cloned,lifted,look,plain,reading,record,tensors
+from ..networks.record import cloned,lifted,look,module_by_module,plain,reading,record,tensors
 from ..networks.stages import describe,stages
 from ..networks.taps import Taps,activations,overwritten
 
@@ -47,7 +47,7 @@ class Side:
         self._inp,self._given = inp,(None,None)          # what was given for the last batch: `(xb, inputs)`
         held = findings is not None and findings.hold(model, self.given)
         self.found = findings if held else Findings(model, self.given)
-        self.taps = self.net = self.seen = None
+        self.taps = self.net = self.seen = self.was = None
         self.sizes = {}                                  # of each layer read on the first batch its `Stage`
     def __str__(self): return f'the {self.who} ({type(self.model).__name__})'
 
@@ -92,7 +92,7 @@ class Side:
 
     def run(self):
         "The network's own pass on the batch it is at: what it returns"
-        return self.model(*self.given)
+        with module_by_module() if self.taps else nullcontext(): return self.model(*self.given)
     def tap(self, layers):
         "Tap `layers` (by name), of which the findings say whether they are overwritten"
         copies = [n for n in layers if self.found.copies[n]]
@@ -121,7 +121,7 @@ def example(side, names, run=None, resumed=False):
 
 def _recorded(side, layers, run, resumed):
     "A pass that is noted: its result, and copies of what `layers` returned"
-    with reading(side.model):
+    with reading(side.model) as side.was:
         rec = record(side.model, *side.given, keep=layers.values(), copy=True, prints=resumed, run=lambda *_: run())
     written = overwritten(rec, layers, side.who)
     side.found.copies.update({n: n in written for n in layers})
@@ -133,7 +133,7 @@ def _recorded(side, layers, run, resumed):
 def _tapped(side, layers, run, resumed):
     "A pass with the taps that a training step has"
     side.tap(layers)
-    with reading(side.model):
+    with reading(side.model) as side.was:
         if side.taps is None: return run(),{}
         try:
             side.taps.attach().clear(on=True)

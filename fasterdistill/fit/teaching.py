@@ -6,6 +6,7 @@
 __all__ = ['Quick', 'Late', 'Teaching', 'around_fit']
 
 # %% ../../nbs/fit/07_teaching.ipynb #h002
+import warnings
 from contextlib import ExitStack,contextmanager,nullcontext
 import torch
 from fastai.callback.core import Callback
@@ -16,7 +17,7 @@ from .columns import Columns
 from .learned import fill_parts,put_back_later
 from .opening import Opening,check_widths
 from ..networks.net import unhook
-from ..networks.record import stance_kept
+from ..networks.record import module_by_module,stance_kept
 
 # %% ../../nbs/fit/07_teaching.ipynb #t001
 class Quick(Callback):
@@ -44,19 +45,20 @@ class Teaching:
         teacher,       # A `Teacher` or None
         terms,         # `Terms`
         learned,       # `LearnedParts` of their loss
-        output=None,   # Where the student's prediction is in what it returns
+        task_of=Task,  # Makes the Learner's `Task`
         findings=None, # What earlier fits found out about the networks, which this one adds to
         history=None,  # A list that gets the means of each epoch
     ):
-        self.learn,self.teacher,self.terms,self.learned,self.output = learn,teacher,terms,learned,output
+        self.learn,self.teacher,self.terms,self.learned,self.task_of = learn,teacher,terms,learned,task_of
         self.findings = {} if findings is None else findings
-        self.columns,self.late = Columns(Task(learn, output), terms, history),Late(self)
-        self.stack,self.opening,self.order = ExitStack(),None,None
+        self.columns,self.late = Columns(task_of(learn), terms, history),Late(self)
+        self.stack,self.step_stack,self.opening,self.order = ExitStack(),ExitStack(),None,None
 
     def open(self, kept=None):
         "Make ready on the batch the Learner is at, and go on from what a file `kept`"
-        o = Opening(self.learn, self.teacher, self.terms, self.learned, self.stack, self.output, self.findings)
+        o = Opening(self.learn, self.teacher, self.terms, self.learned, self.stack, self.task_of, self.findings)
         self.opening = o
+        for doubt in o.doubts: warnings.warn(doubt)
         self.findings.update(o.findings)
         if kept is not None: fill_parts(self.learned, kept)
         self.learned.start_equal()
@@ -68,7 +70,9 @@ class Teaching:
     def close(self):
         "Leave everything as it was; more than once does no harm"
         networks = self.teacher.networks() if self.teacher is not None else []
-        try: self.stack.close()
+        try:
+            self.step_stack.close()
+            self.stack.close()
         finally:                                         # and what an interrupt within opening or closing has left
             self.learned.end()
             if self.teacher is not None: self.teacher.close()
@@ -79,9 +83,11 @@ class Teaching:
     @property
     def sides(self): return self.opening.both if self.opening else ()
     def before_batch(self):
-        for side in self.sides:
-            if side.taps: side.taps.clear(on=True)
+        tapped = [side.taps for side in self.sides if side.taps]
+        for taps in tapped: taps.clear(on=True)
+        if tapped: self.step_stack.enter_context(module_by_module())
     def after_batch(self):
+        self.step_stack.close()
         for side in self.sides: side.leave()
     def before_step(self):
         if self.opening is None: return

@@ -67,8 +67,8 @@ class FCFD(DistillLoss):
         "How far a prediction is from the teacher's, in the way that suits the Learner's loss function"
         kind = task_kind(criterion)
         if kind=='regression': return Logits()(pred=pred, teacher_pred=teacher_pred)
-        if kind=='multi': return BinarySoftTarget(self.T)(pred=pred, teacher_pred=teacher_pred)
-        return self.kd(pred=pred, teacher_pred=teacher_pred, target=target, criterion=criterion)
+        loss = BinarySoftTarget(self.T) if kind=='multi' else self.kd
+        return loss(pred=pred, teacher_pred=teacher_pred, target=target, criterion=criterion)
     def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds,
              epoch=0., target=None, criterion=None, xb=None):
         "On plain tensors: of each stage the teacher's map, the bridged one, a list of mixed ones; then the predictions"

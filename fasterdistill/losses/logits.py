@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from ..loss import DistillLoss
 from ..networks.record import plain
-from ..task import Rows,check_T,kl_rows,same_classes,standardized,task_kind
+from ..task import Rows,check_T,counted,ignored_label,kl_rows,same_classes,standardized,task_kind
 
 # %% ../../nbs/losses/10_logits.ipynb #c010
 class SoftTarget(DistillLoss):
@@ -40,14 +40,14 @@ def _one_column(s, t):
 
 class BinarySoftTarget(DistillLoss):
     """Match the teacher's yes-or-no probabilities, each output by itself: the mean of `T²·KL`, Bernoulli by Bernoulli.
-    Logits of any shape, multi-label `(B,C)` or one an item, `(B,1)` or `(B,)`, to a scalar.
-    `ValueError` for unequal shapes."""
+    Logits of any shape, multi-label `(B,C)` or one an item, `(B,1)` or `(B,)`, to a scalar; outputs with the label that
+    the Learner's loss function (or `ignore_index=` beside it) ignores left out. `ValueError` for unequal shapes."""
     def __init__(self,
         T:float=1., # Temperature
     ):
         check_T(T)
         store_attr()
-    def forward(self, pred, teacher_pred, criterion=None):
+    def forward(self, pred, teacher_pred, target=None, criterion=None):
         s,t = plain(pred),plain(teacher_pred)
         t = _one_column(s, t)
         same_classes(s, t, -1)
@@ -58,7 +58,9 @@ class BinarySoftTarget(DistillLoss):
         s,t = s/self.T,t/self.T
         p = t.sigmoid()
         yes,no = F.logsigmoid(t)-F.logsigmoid(s),F.logsigmoid(-t)-F.logsigmoid(-s)
-        return (p*yes + (1-p)*no).mean()*self.T**2
+        each = (p*yes + (1-p)*no)*self.T**2
+        counts = None if ignored_label(criterion) is None else counted(target, each.numel(), criterion)
+        return each.mean() if counts is None else (each.reshape(-1)*counts).sum()/counts.sum().clamp(min=1)
 
 # %% ../../nbs/losses/10_logits.ipynb #c034
 class Logits(DistillLoss):

@@ -1,4 +1,5 @@
 "Any network, read and run without changing it"
+from .as_it_was import *
 from .record import *
 from .stages import *
 from .names import *

@@ -14,7 +14,7 @@ from fastcore.foundation import L
 from torch.nn.modules.batchnorm import _NormBase
 from .cuts import Forward,Trial
 from .names import find_layer
-from .record import eager,lifted,look,plain,tensors,tupled
+from .record import eager,lifted,look,module_by_module,plain,tensors,tupled
 from .taps import Hook,Taps
 
 # %% ../../nbs/networks/05_net.ipynb #c010
@@ -108,6 +108,7 @@ class Passes:
             stack.enter_context(self.memory.kept(tried and tried.cut.layer))
             stack.enter_context(self.around())
             stack.enter_context(eager())
+            stack.enter_context(module_by_module())
             pred = self.out(forward())
         fresh = [n for n in layers if n in store and (tried is None or n in tried.ran)]
         return View(lifted(pred), {n: lifted(store[n]) for n in fresh})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Call', 'Info', 'plain', 'tupled', 'cloned', 'lifted', 'tensors', 'first_tensor', 'device_of', 'eager', 'stance_kept',
-           'rng_kept', 'reading', 'as_info', 'Record', 'Kept', 'record', 'look']
+           'module_by_module', 'rng_kept', 'reading', 'as_info', 'Record', 'Kept', 'record', 'look']
 
 # %% ../../nbs/networks/00_record.ipynb #h002
 import random,sys,weakref
@@ -14,6 +14,7 @@ from copy import copy
 import numpy as np,torch
 from torch.nn.modules.module import register_module_forward_hook,register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves,tree_map
+from .as_it_was import as_it_was
 
 # %% ../../nbs/networks/00_record.ipynb #t001
 def plain(t):
@@ -65,6 +66,15 @@ def stance_kept():
     back()
     return back
 
+# %% ../../nbs/networks/00_record.ipynb #c006d
+@contextmanager
+def module_by_module():
+    "Transformers call all their modules: PyTorch's fast path, which calls none and may pass nested tensors, is off"
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(was)
+
 # %% ../../nbs/networks/00_record.ipynb #c006c
 @contextmanager
 def rng_kept(*ts):
@@ -83,18 +93,11 @@ def rng_kept(*ts):
 # %% ../../nbs/networks/00_record.ipynb #c006b
 @contextmanager
 def reading(*models):
-    "Evaluate `models` without changing them: eval mode, no gradients, generators and plain attributes put back"
-    modules = [m for model in models for m in model.modules()]
-    was = [(m, dict(vars(m))) for m in modules]
+    "Evaluate `models` without changing them: eval mode, no gradients, all put back. The `AsItWas` that sees to it"
     params = [next(m.parameters(), None) for m in models]
-    with rng_kept(*params), torch.no_grad(), eager():
-        try:
-            for m in modules: m.training = False
-            yield
-        finally:
-            for m,attrs in was:
-                for k in vars(m).keys()-attrs.keys(): del m.__dict__[k]
-                m.__dict__.update(attrs)
+    with rng_kept(*params), torch.no_grad(), eager(), module_by_module(), as_it_was(*models) as was:
+        was.evaluate()
+        yield was
 
 # %% ../../nbs/networks/00_record.ipynb #c009
 Call = namedtuple('Call', 'module name n parent start out same')

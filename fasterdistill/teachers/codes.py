@@ -163,6 +163,7 @@ class Way:
         scale=None,     # Converts the first: a `Scale` or None
         classes=None,   # Converts the prediction: a `ClassOrder` or None
         criterion=None, # The Learner's loss function, which says what outputs mean and where the classes are
+        axis=None,      # That of the classes, where only labels tell it
     ): store_attr()
     def inp(self, *xb):
         "The inputs of the teacher"
@@ -170,9 +171,11 @@ class Way:
         return xb if self.scale is None else (self.scale(xb[0]),*xb[1:])
     def out(self, pred):
         "The prediction, a tensor, over the student's classes"
-        if self.classes is None: return pred
-        known = pred.ndim>1 and self.criterion is not None
-        return self.classes(pred, class_axis(pred, criterion=self.criterion) if known else min(1, pred.ndim-1))
+        return pred if self.classes is None else self.classes(pred, self._axis(pred))
+    def _axis(self, pred):
+        if self.axis is not None: return self.axis
+        if pred.ndim<2 or self.criterion is None: return min(1, pred.ndim-1)
+        return class_axis(pred, criterion=self.criterion)
     def logits(self, p):
         "Probabilities as logits: of each output by itself for yes-or-no outputs, else their logarithm"
         if task_kind(self.criterion)=='multi': return p.clamp(1e-7, 1-1e-7).logit()

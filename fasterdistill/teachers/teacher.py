@@ -16,6 +16,7 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from torch import nn
 from ..loss import DistillLoss
+from ..networks.as_it_was import AsItWas,set_mode
 from ..networks.record import device_of,plain,tupled
 from ..task import class_axis,task_kind
 from .codes import ClassOrder,Scale,Way,listed,stats_of
@@ -28,6 +29,7 @@ class Teacher:
     model = None
     def setup(self, learn): "Get ready to teach `learn`'s model: called when a fit sees its first batch"
     def close(self): "Leave the user's networks as they were (but for their device): on any way out of a fit, or twice"
+    def classes_at(self, axis): "On the first batch, where its labels alone say on which axis the classes are"
     def reset(self): "Forget hidden states between epochs, where there are any"
     def after_step(self, learn): "Called after each step of the optimizer"
     def networks(self):
@@ -110,15 +112,6 @@ def _by_position(named, model):
     last = max(map(names.index, named))
     return tuple(named.get(k, defaults[k]) for k in names[:last+1])
 
-class _AsItWas:
-    "The modes and flags of a network's modules and parameters, to be put back"
-    def __init__(self, model):
-        self.modes = [(m, m.training) for m in model.modules()]
-        self.flags = [(p, p.requires_grad) for p in model.parameters()]
-    def put_back(self):
-        for m,training in self.modes: m.training = training
-        for p,wanted in self.flags: p.requires_grad_(wanted)
-
 # %% ../../nbs/teachers/00_teacher.ipynb #c007a
 class Frozen(Teacher):
     """A network that is asked and not changed: on the Learner's device, in evaluation mode and without gradients
@@ -146,12 +139,17 @@ class Frozen(Teacher):
         self.close()
         device = device_of(learn.model)
         self.way = self._way(learn, device)
-        self.was = _AsItWas(self.model)
-        self.model.to(device).eval().requires_grad_(False)
+        self.model.to(device)
+        self.was = AsItWas(self.model)
+        with self.was.watch:
+            set_mode(self.model, False)
+            for p in self.model.parameters(): p.requires_grad_(False)
+        self.was.forget_same()
     def close(self):
         if self.was is None: return
         self.was.put_back()
         self.was = None
+    def classes_at(self, axis): self.way.axis = axis
     def reset(self):
         if hasattr(self.model, 'reset'): self.model.reset()
 
@@ -233,9 +231,10 @@ class Ensemble(Teacher):
         if not self.teachers: raise ValueError('an ensemble of no teachers: give a list of at least one')
         if kind not in (None,*_means): raise ValueError(f'Ensemble(kind={kind!r}): expected one of {_kinds}')
         self.said,self.kind,self.criterion = kind,kind,None     # the kind that was given, and the one in use
+        self.axis = None                                        # of the classes, where only the labels tell it
     def __repr__(self): return f'Ensemble({self.teachers!r})' + (f', {_means[self.kind]}' if self.kind else '')
     def setup(self, learn):
-        self.criterion = task_criterion(learn)
+        self.criterion,self.axis = task_criterion(learn),None
         self.kind = self.said or task_kind(self.criterion)
         if self.kind is None:
             raise ValueError(f'how to average an ensemble for the loss function {learn.loss_func!r} is not known: '
@@ -243,6 +242,9 @@ class Ensemble(Teacher):
         for t in self.teachers: t.setup(learn)
     def close(self):
         for t in self.teachers: t.close()
+    def classes_at(self, axis):
+        self.axis = axis
+        for t in self.teachers: t.classes_at(axis)
     def reset(self):
         for t in self.teachers: t.reset()
     def after_step(self, learn):
@@ -261,8 +263,8 @@ class Ensemble(Teacher):
         if self.kind is None: raise ValueError(f'an ensemble without a Learner averages by its kind, one of {_kinds}')
         if self.kind=='regression': return zs.mean(0)
         if self.kind=='multi': return F.logsigmoid(zs).logsumexp(0)-F.logsigmoid(-zs).logsumexp(0)
-        axis = 1+class_axis(zs[0], criterion=self.criterion)
-        return zs.log_softmax(axis).logsumexp(0)-math.log(len(zs))
+        axis = class_axis(zs[0], criterion=self.criterion) if self.axis is None else self.axis
+        return zs.log_softmax(1+axis).logsumexp(0)-math.log(len(zs))
 
 def _wide(z):
     "Single precision at least: half precision and whole numbers are not averaged as they are"
