@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from common import KD,X,assert_same,get_dls,learner,left,net,seed,state
+from common import KD,X,Real,assert_close,assert_same,get_dls,in_float64,learner,left,net,seed,state
 from fasterdistill.loss import TaskLoss
-from fasterdistill.losses import FitNet,SoftTarget
-from fasterdistill.networks import look,stages
+from fasterdistill.losses import FCFD,FitNet,SoftTarget
+from fasterdistill.networks import Net,look,stages
 from fasterdistill.networks.as_it_was import as_it_was
 from fasterdistill.teachers import Frozen
 
@@ -192,3 +193,79 @@ def test_ordinary_weights_are_not_copied():
     assert [o for o in was.numbers() if isinstance(o.owner, nn.Parameter)]==[]
     with as_it_was(model) as was: pass
     assert was.keepers==[]
+
+# ---- extra passes take the network as the training step had it ----
+
+def held(model):
+    "In training, its norms in evaluation, with averages far from a batch's"
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.add_(.3)
+            m.eval()
+    return model
+
+@pytest.mark.parametrize('bn', ['batch','update','eval'])
+def test_norms_held_in_evaluation_stay_so(bn):
+    m,x = held(net()),X[:8]
+    was,want = state(m),m(x)
+    again = Net(m, x, ['layer1'])
+    assert torch.equal(again(x, bn=bn).pred, want)
+    assert torch.equal(again.resume('layer1', m.layer1(x), bn=bn).pred, want)
+    assert_same(state(m), was)
+
+def test_norms_that_trained_go_by_the_batch():
+    "One held, the others not; and all of a teacher, which is in evaluation as a whole"
+    m,x = held(net()),X[:8]
+    m.layer3[1].train()
+    z = m.layer2(m.layer1(x))
+    conv,norm = m.layer3[0](z),m.layer3[1]
+    by_batch = (conv-conv.mean((0,2,3), keepdim=True))/(conv.var((0,2,3), keepdim=True, correction=0)+norm.eps).sqrt()
+    want = m.fc(by_batch.relu().mean((2,3)))
+    again = Net(m, x)
+    torch.testing.assert_close(again.resume('layer2', z).pred, want)
+    assert norm.num_batches_tracked==0
+    m.eval()
+    torch.testing.assert_close(again.resume('layer2', z).pred, want)
+
+def test_fcfd_beside_bnfreeze():
+    "What the terms of the loss saw of the student on its mixed paths goes by the averages"
+    from fastai.callback.training import BnFreeze
+    m,seen = held(net()),[]
+    for o in m.modules():
+        if isinstance(o, nn.BatchNorm2d): o.requires_grad_(False)
+    norm = m.layer3[1]
+    norm.register_forward_hook(lambda o, args, out: seen.append((args[0].detach(),out.detach().clone())))
+    learn = learner(m, get_dls(n=32), cbs=[BnFreeze(),KD(net(8, s=1), TaskLoss()+FCFD(direction='t2s', paths=2))])
+    mean,var = norm.running_mean.clone(),norm.running_var.clone()
+    learn.fit(1)
+    assert len(seen)>5
+    for z,out in seen:
+        scale = (norm.weight/(var+norm.eps).sqrt())[:,None,None]
+        torch.testing.assert_close(out, (z-mean[:,None,None])*scale+norm.bias[:,None,None])
+
+class Segments(nn.Module):
+    "Runs its stages in a checkpointed segment"
+    def __init__(self, checkpointed, w=4):
+        super().__init__()
+        self.net,self.checkpointed = net(w),checkpointed
+    def segment(self, x):
+        z = self.net.layer2(self.net.layer1(x))
+        return self.net.layer3(z*z.sigmoid())
+    def forward(self, x):
+        z = checkpoint(self.segment, x, use_reentrant=False) if self.checkpointed else self.segment(x)
+        return self.net.fc(self.net.flat(self.net.pool(z)))
+
+@in_float64
+def test_fcfd_of_a_checkpointed_student():
+    "As without checkpoints, but for the averages, which PyTorch's own second run of a segment moves once more"
+    def trained(checkpointed):
+        names = ['layer1','layer2','layer3']
+        loss = TaskLoss()+FCFD().at([f'net.{n}' for n in names], names)
+        learn = learner(Segments(checkpointed), get_dls(n=64), cbs=[Real(),KD(net(8, s=1), loss)])
+        learn.fit(1)
+        steps = learn.model.net.layer1[1].num_batches_tracked.item()
+        return {n: p.detach() for n,p in learn.model.named_parameters()},steps
+    (a,once),(b,twice) = trained(False),trained(True)
+    assert_close(a, b)
+    assert (once,twice)==(2,4)
