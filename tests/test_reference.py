@@ -25,6 +25,7 @@ from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.rkd import RKD
 from fasterdistill.losses.rld import RLD
 from fasterdistill.losses.wsl import WSL
 from fasterdistill.losses.wttm import WTTM
@@ -147,8 +148,8 @@ logit_refs += [
         id='logit_standardization-dkd'),
     *[Ref('wsl', lambda v,i: WSL(T=T(v,i)), labelled, 'out_wsl', of_zs, f'{case}__', id=f'wsl-{case}')
       for case in ('ordinary','extreme')],
-    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled, 'out_rld',
-        of_zs, ordinary),
+    Ref('rld', lambda v,i: RLD(**row(v, i, 'alpha_beta_T_alphaT', 'alpha', 'beta', 'T', 'alpha_T')), labelled,
+        'out_rld', of_zs, ordinary),
     Ref('wttm', lambda v,i: WTTM(gamma=gamma(v,i)), logits, 'out_wttm', {pred:'grad_zs_wttm'}, ordinary),
     Ref('wttm', lambda v,i: WTTM(gamma=gamma(v,i), weighted=False), logits, 'out_ttm', {pred:'grad_zs_ttm'}, ordinary,
         id='ttm'),
@@ -184,8 +185,15 @@ def infonce_ref(name, given=maps, **kwargs):
     return Ref('infonce', lambda v,i: InfoNCE(tau=tau(v,i), **kwargs), given, f'out_{name}', grads, 'vectors__',
                id=f'infonce-{name}')
 
+def rkd_ref(name, case, *args):
+    return Ref('rkd', lambda v,i: RKD(*args), maps, f'out_{name}', {fm:f'grad_fs_{name}'}, f'{case}__',
+               id=f'rkd-{name}-{case}')
+
+relation_refs = [rkd_ref(name, case, *args) for case in ('different_dims','maps')
+                 for name,*args in (('combined_25_50',25,50), ('distance',1,0), ('angle',0,1))]
+
 refs = [
-    *logit_refs,
+    *logit_refs, *relation_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -211,6 +219,7 @@ later = {                                           # what no row of `refs` read
     'fitnet': {'out_half_sum_sq_per_sample_mean'},                                       # in another scale
     'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
     'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
+    'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
 
 def test_every_vector_is_used():
@@ -377,6 +386,25 @@ def np_mutual(l, pred, teacher_pred): return np.mean([kl(*o) for o in zip(rows(p
 def np_hard(l, pred, teacher_pred):
     return -np.mean([log_softmax(s)[t.argmax()] for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
 
+def np_rkd(l, fm_s, fm_t):
+    "Pair by pair and corner by corner"
+    def distances(z):
+        n = range(len(z))
+        d = np.array([[0. if i==j else np.sqrt(max(((z[i]-z[j])**2).sum(), 1e-12)) for j in n] for i in n])
+        return d/d[d>0].mean()
+    def angles(z):
+        n = range(len(z))
+        to = [[unit(z[j]-z[i]) for j in n] for i in n]
+        return np.array([[[(to[i][j]*to[i][k]).sum() for k in n] for j in n] for i in n])
+    def smooth(a, b):
+        d = np.abs(a-b)
+        return np.where(d<1, d**2/2, d-1/2).mean()
+    total = 0.
+    for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
+        s,t = (z.astype(float).reshape(len(z), -1) for z in (s,t))
+        total += l.distance*smooth(distances(s), distances(t)) + l.angle*smooth(angles(s), angles(t))
+    return total
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -418,7 +446,7 @@ def np_infonce(l, fm_s, fm_t):
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce,
-    DKD:np_dkd, HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl,
+    DKD:np_dkd, RKD:np_rkd, HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl,
     AdjustedSoftTarget:np_adjusted, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist}
 
 # ---- other seeds and odd shapes ----
@@ -493,10 +521,11 @@ derived = [
     *[(AdjustedSoftTarget(adjust=None, dynamic=d), inputs) for d,inputs in product(('flsw','cwsm'), (odd,dense))],
     (AdjustedSoftTarget(dynamic='cwsm'), labelled_logits(4, 5, 3, 2)),
     *[(loss, inputs) for loss,inputs in product((HardTarget(),Mutual()), (odd,dense,some_logits(1, 2)))],
+    *[(RKD(distance=d, angle=a), g) for d,a,g in product((0.,25.), (0.,50.), (*vectors_or_maps,unequal)) if d or a],
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
-without_gradient = WSL,AdjustedSoftTarget        # they hold numbers that no gradient flows through: formulas fix them `at`
+without_gradient = WSL,AdjustedSoftTarget           # they weigh by numbers without gradient, which the formula fixes `at`
 
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ', '')
