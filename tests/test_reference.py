@@ -25,8 +25,10 @@ from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.pkt import PKT
 from fasterdistill.losses.rkd import RKD
 from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.sp import SP
 from fasterdistill.losses.wsl import WSL
 from fasterdistill.losses.wttm import WTTM
 
@@ -191,6 +193,10 @@ def rkd_ref(name, case, *args):
 
 relation_refs = [rkd_ref(name, case, *args) for case in ('different_dims','maps')
                  for name,*args in (('combined_25_50',25,50), ('distance',1,0), ('angle',0,1))]
+relation_refs += [
+    Ref('sp', lambda v,i: SP(), maps, 'out_sp', of_fs, 'maps__'),
+    Ref('pkt', lambda v,i: PKT(), maps, 'out_pkt', of_fs, 'vectors__'),
+]
 
 refs = [
     *logit_refs, *relation_refs,
@@ -386,7 +392,7 @@ def np_mutual(l, pred, teacher_pred): return np.mean([kl(*o) for o in zip(rows(p
 def np_hard(l, pred, teacher_pred):
     return -np.mean([log_softmax(s)[t.argmax()] for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
 
-def np_rkd(l, fm_s, fm_t):
+def np_rkd(l, **given):
     "Pair by pair and corner by corner"
     def distances(z):
         n = range(len(z))
@@ -399,11 +405,25 @@ def np_rkd(l, fm_s, fm_t):
     def smooth(a, b):
         d = np.abs(a-b)
         return np.where(d<1, d**2/2, d-1/2).mean()
-    total = 0.
+    return sum(l.distance*smooth(distances(s), distances(t)) + l.angle*smooth(angles(s), angles(t))
+               for s,t in flat_rows(**given))
+
+def flat_rows(fm_s, fm_t):
+    "Pairs of `(B,D)`"
     for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
-        s,t = (z.astype(float).reshape(len(z), -1) for z in (s,t))
-        total += l.distance*smooth(distances(s), distances(t)) + l.angle*smooth(angles(s), angles(t))
-    return total
+        yield [z.astype(float).reshape(len(z), -1) for z in (s,t)]
+
+def np_sp(l, **given):
+    def table(z): return np.array([unit(np.array([(a*b).sum() for b in z])) for a in z])
+    return sum(((table(s)-table(t))**2).mean() for s,t in flat_rows(**given))
+
+def np_pkt(l, **given):
+    def length(v): return np.sqrt((v**2).sum())+1e-7
+    def likely(z):
+        near = np.array([[((a*b).sum()/length(a)/length(b)+1)/2 for b in z] for a in z])
+        return near/near.sum(1, keepdims=True)
+    def pair(s, t): return (t*np.log((t+1e-7)/(s+1e-7))).mean()
+    return sum(pair(likely(s), likely(t)) for s,t in flat_rows(**given))
 
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
@@ -446,7 +466,8 @@ def np_infonce(l, fm_s, fm_t):
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce,
-    DKD:np_dkd, RKD:np_rkd, HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl,
+    DKD:np_dkd, SP:np_sp, PKT:np_pkt, RKD:np_rkd,
+    HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl,
     AdjustedSoftTarget:np_adjusted, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist}
 
 # ---- other seeds and odd shapes ----
@@ -522,6 +543,7 @@ derived = [
     (AdjustedSoftTarget(dynamic='cwsm'), labelled_logits(4, 5, 3, 2)),
     *[(loss, inputs) for loss,inputs in product((HardTarget(),Mutual()), (odd,dense,some_logits(1, 2)))],
     *[(RKD(distance=d, angle=a), g) for d,a,g in product((0.,25.), (0.,50.), (*vectors_or_maps,unequal)) if d or a],
+    *[(loss, g) for loss,g in product((SP(),PKT()), (*vectors_or_maps,unequal))],
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
