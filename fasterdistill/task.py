@@ -6,7 +6,7 @@
 __all__ = ['StandIn', 'told', 'task_kind', 'stated_axis', 'lacking_axes', 'class_axis', 'ignored_label', 'counted', 'found_axis',
            'check_T', 'check_choice', 'check_classes', 'same_classes', 'label_shares', 'item_classes', 'check_labels',
            'standardized', 'log_softmax_among', 'log_own_and_rest', 'kl_rows', 'Rows', 'gather', 'first_row',
-           'same_class']
+           'same_class', 'item_rows', 'directions']
 
 # %% ../nbs/03_task.ipynb #h002
 from functools import lru_cache,partial
@@ -336,3 +336,28 @@ def same_class(target, mix=None, criterion=None):
     classes = torch.stack([item_classes(y, criterion) for y in (target,*(mix or ())[:1])], 1)
     alike = classes[:,None,:,None]==gather(classes)[None,:,None,:]
     return (alike & (classes>=0)[:,None,:,None]).flatten(2).any(2)
+
+# %% ../nbs/03_task.ipynb #l011
+def item_rows(
+    who,      # The loss, for its errors
+    z,        # An activation `(B,…)`
+    fewest=2, # How many items it needs
+):
+    """`z` of all processes with a row an item, `(n*B,D)`.
+    `ValueError` for what is no activation of items, or for fewer of them than are needed."""
+    z = plain(z)
+    if not isinstance(z, torch.Tensor) or z.ndim<2:
+        what = tuple(z.shape) if isinstance(z, torch.Tensor) else f'a {type(z).__name__}'
+        raise ValueError(f'{who} compares items, each with numbers of its own, (B,…); this activation is {what}')
+    rows = gather(z.flatten(1))
+    if len(rows)<fewest:
+        raise ValueError(f'{who} compares the items of a batch: it needs at least {fewest}, these are {len(rows)}')
+    return rows
+
+def directions(
+    z, # Vectors, along the last axis
+):
+    "`z` at length 1; a vector of zeros stays one, and gets no gradient"
+    length = z.norm(dim=-1, keepdim=True)
+    none = length==0
+    return (z/length.masked_fill(none, 1)).masked_fill(none, 0)

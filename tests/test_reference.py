@@ -27,8 +27,11 @@ from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.nst import NST
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.pkt import PKT
+from fasterdistill.losses.rkd import RKD
 from fasterdistill.losses.rld import RLD
 from fasterdistill.losses.sad import SAD,position_shares
+from fasterdistill.losses.sp import SP
 from fasterdistill.losses.vid import VID
 from fasterdistill.losses.wsl import WSL
 from fasterdistill.losses.wttm import WTTM
@@ -216,8 +219,19 @@ def sad_refs(case):
         Ref('sad_pair', lambda v,i: SAD(detach=False), neighbours, 'out_sum_sq_per_sample_mean', case=case,
             id=f'{id}-paper')]
 
+def rkd_ref(name, case, *args):
+    return Ref('rkd', lambda v,i: RKD(*args), maps, f'out_{name}', {fm:f'grad_fs_{name}'}, f'{case}__',
+               id=f'rkd-{name}-{case}')
+
+relation_refs = [rkd_ref(name, case, *args) for case in ('different_dims','maps')
+                 for name,*args in (('combined_25_50',25,50), ('distance',1,0), ('angle',0,1))]
+relation_refs += [
+    Ref('sp', lambda v,i: SP(), maps, 'out_sp', of_fs, 'maps__'),
+    Ref('pkt', lambda v,i: PKT(), maps, 'out_pkt', of_fs, 'vectors__'),
+]
+
 refs = [
-    *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *feature_refs,
+    *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *feature_refs, *relation_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -245,6 +259,7 @@ later = {                                           # what no row of `refs` read
     'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
     'sad_pair': {'out_psi_lower','out_psi_deeper'},                          # the shares themselves: a test below
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
+    'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
 
 def test_every_vector_is_used():
@@ -425,6 +440,39 @@ def np_mutual(l, pred, teacher_pred): return np.mean([kl(*o) for o in zip(rows(p
 def np_hard(l, pred, teacher_pred):
     return -np.mean([log_softmax(s)[t.argmax()] for s,t in zip(rows(pred), rows(teacher_pred), strict=True)])
 
+def np_rkd(l, **given):
+    "Pair by pair and corner by corner"
+    def distances(z):
+        n = range(len(z))
+        d = np.array([[0. if i==j else np.sqrt(max(((z[i]-z[j])**2).sum(), 1e-12)) for j in n] for i in n])
+        return d/d[d>0].mean()
+    def angles(z):
+        n = range(len(z))
+        to = [[unit(z[j]-z[i]) for j in n] for i in n]
+        return np.array([[[(to[i][j]*to[i][k]).sum() for k in n] for j in n] for i in n])
+    def smooth(a, b):
+        d = np.abs(a-b)
+        return np.where(d<1, d**2/2, d-1/2).mean()
+    return sum(l.distance*smooth(distances(s), distances(t)) + l.angle*smooth(angles(s), angles(t))
+               for s,t in flat_rows(**given))
+
+def flat_rows(fm_s, fm_t):
+    "Pairs of `(B,D)`"
+    for s,t in zip(fm_s.values(), fm_t.values(), strict=True):
+        yield [z.astype(float).reshape(len(z), -1) for z in (s,t)]
+
+def np_sp(l, **given):
+    def table(z): return np.array([unit(np.array([(a*b).sum() for b in z])) for a in z])
+    return sum(((table(s)-table(t))**2).mean() for s,t in flat_rows(**given))
+
+def np_pkt(l, **given):
+    def length(v): return np.sqrt((v**2).sum())+1e-7
+    def likely(z):
+        near = np.array([[((a*b).sum()/length(a)/length(b)+1)/2 for b in z] for a in z])
+        return near/near.sum(1, keepdims=True)
+    def pair(s, t): return (t*np.log((t+1e-7)/(s+1e-7))).mean()
+    return sum(pair(likely(s), likely(t)) for s,t in flat_rows(**given))
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -510,7 +558,8 @@ formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce,
     DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp, SAD:np_sad,
-    HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl, AdjustedSoftTarget:np_adjusted}
+    HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl, AdjustedSoftTarget:np_adjusted, SP:np_sp, PKT:np_pkt,
+    RKD:np_rkd}
 
 # ---- other seeds and odd shapes ----
 
@@ -590,10 +639,12 @@ derived = [
     *[(AdjustedSoftTarget(adjust=None, dynamic=d), inputs) for d,inputs in product(('flsw','cwsm'), (odd,dense))],
     (AdjustedSoftTarget(dynamic='cwsm'), labelled_logits(4, 5, 3, 2)),
     *[(loss, inputs) for loss,inputs in product((HardTarget(),Mutual()), (odd,dense,some_logits(1, 2)))],
+    *[(RKD(distance=d, angle=a), g) for d,a,g in product((0.,25.), (0.,50.), (*vectors_or_maps,unequal)) if d or a],
+    *[(loss, g) for loss,g in product((SP(),PKT()), (*vectors_or_maps,unequal))],
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
-without_gradient = WSL,AdjustedSoftTarget        # they hold numbers that no gradient flows through: formulas fix them `at`
+without_gradient = WSL,AdjustedSoftTarget           # they weigh by numbers without gradient, which the formula fixes `at`
 
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ', '')
