@@ -15,6 +15,7 @@ from fastai.losses import (BCEWithLogitsLossFlat,CrossEntropyLossFlat,FocalLossF
 from torch import nn
 
 from fasterdistill.loss import TaskLoss
+from fasterdistill.losses.ab import AB
 from fasterdistill.losses.adjusted import AdjustedSoftTarget
 from fasterdistill.losses.answers import HardTarget,Mutual
 from fasterdistill.losses.attention import Attention
@@ -27,7 +28,9 @@ from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.nkd import NKD
 from fasterdistill.losses.nst import NST
 from fasterdistill.losses.ofa import OFALogits
+from fasterdistill.losses.ofd import OFD,bn_margin
 from fasterdistill.losses.pkt import PKT
+from fasterdistill.losses.reviewkd import HCL,ReviewKD
 from fasterdistill.losses.rkd import RKD
 from fasterdistill.losses.rld import RLD
 from fasterdistill.losses.sad import SAD,position_shares
@@ -201,7 +204,29 @@ def grads_of_maps(n, key='grad_student_{i}'): return {('fm_s',f'{i}'): key.forma
 vid_par = {'adapters.0.log_scale':'par_log_scale',
            **{f'adapters.0.mean.{2*i}.weight':f'par_conv1x1_{i}' for i in range(3)}}
 
+three = pairs_of_maps(3, 'in_fs_{i}', 'in_ft_{i}')
+def grads_of(parts, n): return grads_of_maps(n, 'grad_fs_{i}') | {k: v.replace('par_', 'grad_') for k,v in parts.items()}
+connectors = {f'adapters.{i}.{part}':f'par_connector{i}_{part.replace(".", "_")}'
+              for i in range(3) for part in ('conv.weight','bn.weight','bn.bias')}
+def margins(v): return [v[f'out_margin_{i}'] for i in range(3)]
+def teachers_margins():
+    with np.load(folder/'ofd.npz') as d: return margins(d)
+
+levels = pairs_of_maps(4)
+fusions = {f'fusions.{i}.{part}':f'par_abf{i}_{part.replace(".", "_")}' for i in range(4) for part in (
+    'conv1.weight','bn1.weight','bn1.bias','conv2.weight','bn2.weight','bn2.bias',
+    *([] if i==3 else ['att.weight','att.bias']))}
+def grads_of_fusions(): return grads_of_maps(4) | {k: v.replace('par_', 'grad_') for k,v in fusions.items()}
+
 feature_refs = [
+    *[Ref('reviewkd', lambda v,i: HCL(), maps, 'out_hcl', of_fs, f'hcl{n}__', id=f'reviewkd-hcl{n}') for n in (8,4,2,1)],
+    Ref('reviewkd', lambda v,i: ReviewKD(mid=int(v['par_mid_channels'])), levels, 'out_total', grads_of_fusions(),
+        par=fusions),
+    Ref('ab', lambda v,i: AB(margin=float(v['par_margin'][i]), adapter=None), three, 'out_ab', case='plain__'),
+    Ref('ab', lambda v,i: AB(), three, 'out_ab', grads_of(connectors, 3), 'connector__', connectors, id='ab-connector'),
+    Ref('ofd', lambda v,i: OFD(margins=teachers_margins(), adapter=None), three, 'out_ofd', grads_of({}, 3), 'plain__'),
+    Ref('ofd', lambda v,i: OFD(margins=teachers_margins()), three, 'out_ofd', grads_of(connectors, 3), 'connector__',
+        connectors, id='ofd-connector'),
     Ref('nst', lambda v,i: NST(), maps, 'out_nst', of_fs, 'equal__'),
     Ref('fsp', lambda v,i: FSP(), pairs_of_maps(2), 'out_total_code', grads_of_maps(2)),
     Ref('fsp', lambda v,i: FSP(), pairs_of_maps(2), 'out_loss_per_pair_code', id='fsp-pair'),
@@ -258,6 +283,9 @@ later = {                                           # what no row of `refs` read
     'ofa': {'out_tas_seed_formula'},                                               # its gradient is the paper form's
     'infonce': {'grad_fs_cosine_t2s','grad_fs_rawdot_t2s'},                  # of the teacher's side: the test below
     'sad_pair': {'out_psi_lower','out_psi_deeper'},                          # the shares themselves: a test below
+    'reviewkd': {'out_hcl_per_level'} | {f'out_fused_{i}' for i in range(4)},                                # likewise
+    'ab': {'out_per_stage','out_ab_times_0003','out_disagreement'} | {f'grad_fs_{i}' for i in range(3)},   # tests below
+    'ofd': {'out_per_stage','out_ofd_times_0001'} | {f'out_margin_{i}' for i in range(3)},                 # likewise
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None}
@@ -292,6 +320,57 @@ def test_shares_of_positions(case):
     lower,deeper = (torch.tensor(v[f'in_{k}'], dtype=torch.float64) for k in ('lower','deeper'))
     close(position_shares(lower), v['out_psi_lower'], 1e-7)                      # kept in float32
     close(position_shares(deeper, lower.shape[2:]), v['out_psi_deeper'], 1e-7)
+
+def stage(given, i): return {side: {'a': o[f'{i}']} for side,o in given.items()}
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+def test_stages_of_boundaries(dtype):
+    "Each stage by itself; gradients are those of margin 1; the share of unequal signs; the factor of the authors' code"
+    v = Ref('ab', None, None, None, case='plain__').vectors
+    for m,whole,each,scaled in zip(v['par_margin'], v['out_ab'], v['out_per_stage'], v['out_ab_times_0003']):
+        for i in range(3):
+            close(call(AB(margin=float(m), adapter=None), stage(three(v), i), dtype)[0], each[i], value_tol[dtype])
+        g = tensors(three(v), dtype)
+        close((.003*AB(margin=float(m), adapter=None))(**g).item(), scaled, value_tol[dtype])
+        value,grads = call(AB(margin=float(m), adapter=None), three(v), dtype)
+        close(value, whole, value_tol[dtype])
+        if m==1:
+            for k,name in grads_of_maps(3, 'grad_fs_{i}').items(): close_grad(grads[k], v[name], grad_tol[dtype])
+    assert 1 in v['par_margin']
+    signs = [np.mean((v[f'in_fs_{i}']>0)!=(v[f'in_ft_{i}']>0)) for i in range(3)]
+    close(signs, v['out_disagreement'], 1e-9)
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+@pytest.mark.parametrize('case', ['plain__','connector__'])
+def test_stages_of_ofd(case, dtype):
+    v = Ref('ofd', None, None, None, case=case).vectors
+    parts,adapter = ({},{'adapter':None}) if case=='plain__' else (connectors,{})
+    for i in range(3):
+        loss = OFD(margins=teachers_margins()[i:i+1], **adapter)
+        par = {k.replace(f'adapters.{i}', 'adapters.0'): v[o] for k,o in parts.items() if f'.{i}.' in k}
+        close(call(loss, stage(three(v), i), dtype, par)[0], v['out_per_stage'][i], value_tol[dtype])
+    if case=='connector__': return close(.001*v['out_ofd'], v['out_ofd_times_0001'], 1e-9)
+    whole = .001*OFD(margins=teachers_margins(), adapter=None)
+    close(whole(**tensors(three(v), dtype)).item(), v['out_ofd_times_0001'], value_tol[dtype])
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+def test_margins(dtype):
+    "Negative scales, and both sides of the threshold"
+    v = Ref('ofd', None, None, None).vectors
+    for i in range(3):
+        weight,bias = (torch.tensor(v[f'par_teacher_bn{i}_{o}'], dtype=dtype) for o in ('weight','bias'))
+        close(bn_margin(weight, bias).double().numpy(), v[f'out_margin_{i}'], value_tol[dtype])
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+def test_fused(dtype):
+    "What the fusions make of the student's maps, and how far it is from the teacher's, level by level"
+    v = Ref('reviewkd', None, None, None).vectors
+    g,loss = tensors(levels(v), dtype),ReviewKD()
+    set_parts(loss, g, dtype, {k: v[o] for k,o in fusions.items()})
+    s,t = loss.maps(**g)
+    for i,(a,b) in enumerate(zip(loss.fused(s, t), t, strict=True)):
+        close_grad(a.detach().double().numpy(), v[f'out_fused_{i}'], grad_tol[dtype])
+        close(HCL()(fm_s={'a':a}, fm_t={'a':b}).item(), v['out_hcl_per_level'][i], value_tol[dtype])
 
 def test_seed_worked_example():
     "The softened probabilities, read off the gradient against a teacher that knows nothing: `T(p-1/C)`"
@@ -554,12 +633,39 @@ def np_fsp(l, fm_s, fm_t):
         total += np.mean([o.mean() if l.form=='code' else o.sum() for o in squares])
     return total
 
+def np_neurons(l, fm_s, fm_t, cost):
+    "Neuron by neuron; the last stage counts 1, each one before it half as much as the next"
+    total,n = 0.,len(fm_s)
+    for i,(s,t) in enumerate(zip(fm_s.values(), fm_t.values(), strict=True)):
+        s,t = np_same_size(s, t)
+        costs = [cost(i, c, a, b) for item in zip(s, t) for c,maps in enumerate(zip(*item)) for a,b in pairs(*maps)]
+        total += 2.**(i+1-n)*sum(costs)/len(s)
+    return total
+
+def np_ab(l, fm_s, fm_t):
+    def cost(i, c, a, b): return max(0, l.margin-a)**2 if b>0 else max(0, l.margin+a)**2
+    return np_neurons(l, fm_s, fm_t, cost)
+
+def np_ofd(l, fm_s, fm_t):
+    def cost(i, c, a, b):
+        b = max(b, np.broadcast_to(l.margins[i], 99)[c])
+        return 0. if a<=b<=0 else (a-b)**2
+    return np_neurons(l, fm_s, fm_t, cost)
+
+def np_hcl_of(s, t):
+    n = s.shape[2]
+    scales = [n,*[l for l in (4,2,1) if l<n]]
+    weights = [.5**k for k in range(len(scales))]
+    errors = [np.mean((s-t)**2), *[np.mean((np_pool(s, l, l)-np_pool(t, l, l))**2) for l in scales[1:]]]
+    return np.dot(weights, errors)/sum(weights)
+
+def np_hcl(l, fm_s, fm_t): return sum(np_hcl_of(fm_s[k].astype(float), fm_t[k].astype(float)) for k in fm_s)
+
 formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
-    OFALogits:np_ofa, InfoNCE:np_infonce,
-    DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist, NST:np_nst, FSP:np_fsp, SAD:np_sad,
-    HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl, AdjustedSoftTarget:np_adjusted, SP:np_sp, PKT:np_pkt,
-    RKD:np_rkd}
+    OFALogits:np_ofa, InfoNCE:np_infonce, DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist,
+    NST:np_nst, FSP:np_fsp, SAD:np_sad, HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl,
+    AdjustedSoftTarget:np_adjusted, SP:np_sp, PKT:np_pkt, RKD:np_rkd, AB:np_ab, OFD:np_ofd, HCL:np_hcl}
 
 # ---- other seeds and odd shapes ----
 
@@ -602,6 +708,7 @@ blocks,odd_blocks = own_maps((5,3,8,6), (5,6,4,3), (5,9,2,2)),own_maps((5,7,9,5)
 odd,dense = some_logits(5, 37),some_logits(4, 5, 3, 2)
 even_maps = some_maps(((5,7,5,5),(5,7,5,5)), ((5,3,4,6),(5,3,4,6)))
 unequal = some_maps(((5,6,9,7),(5,11,4,3)), ((5,6,3,8),(5,4,5,5)), ((5,6,4,4),(5,3,4,4)))
+same_widths = some_maps(((5,6,9,7),(5,6,4,3)), ((5,6,3,8),(5,6,5,5)), ((5,3,4,4),(5,3,4,4)))
 deep = some_maps(((5,3,9,7),(5,3,5,5)), ((5,6,4,8),(5,6,3,6)), ((5,2,4,3),(5,2,7,1)))
 vectors_or_maps = some_maps(((5,9),(5,9))),some_maps(((5,6,3,4),(5,17,6)), ((5,9,7),(5,7,2,2)))
 forms = 'code','paper'
@@ -617,6 +724,9 @@ derived = [
     (FitNet(adapter=None), even_maps),
     (NST(), even_maps), (NST(), unequal),
     *[(SAD(T=t, form=form, detach=False), g) for t,form,g in product((1.,8.), ('paper','code'), (blocks,odd_blocks))],
+    (HCL(), even_maps), (HCL(), some_maps(((5,3,9,7),(5,3,9,7)), ((5,2,3,3),(5,2,3,3)), ((5,4,1,1),(5,4,1,1)))),
+    *[(AB(margin=m, adapter=None), g) for m,g in product((1.,.3), (even_maps,same_widths))],
+    *[(OFD(margins=[-.4,-1.,-.1][:n], adapter=None), g) for n,g in ((2,even_maps),(3,same_widths))],
     *[(FSP(form=form), g) for form,g in product(forms, (even_maps,deep))],
     *[(InfoNCE(tau=t, **k), g)
       for t,k,g in product((.07,1.), ({},dict(normalize=False),dict(symmetric=True)), vectors_or_maps)],
@@ -644,7 +754,7 @@ derived = [
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
-without_gradient = WSL,AdjustedSoftTarget           # they weigh by numbers without gradient, which the formula fixes `at`
+without_gradient = WSL,AdjustedSoftTarget   # they weigh by numbers without gradient, which the formula fixes `at`
 
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ', '')
@@ -700,8 +810,39 @@ def np_vid(l, par, fm_s, fm_t):
         total -= np.mean(np.log(density))+np.log(2*np.pi)/2
     return total
 
-formulas_of_parts = {VID:np_vid}
-derived_parts = [(VID, g) for g in (even_maps,unequal)]
+def np_norm(z, weight, bias):
+    mean,var = z.mean((0,2,3), keepdims=True),z.var((0,2,3), keepdims=True)
+    return (z-mean)/np.sqrt(var+1e-5)*weight[:,None,None]+bias[:,None,None]
+
+def np_conv3(z, w):
+    "Of 3×3, with a border of zeros: tap by tap"
+    H,W = z.shape[2:]
+    p = np.pad(z, ((0,0),(0,0),(1,1),(1,1)))
+    return sum(np_conv(p[:,:,i:i+H,j:j+W], w[:,:,i:i+1,j:j+1]) for i in range(3) for j in range(3))
+
+def np_nearest(z, h, w):
+    H,W = z.shape[2:]
+    return z[:,:,[i*H//h for i in range(h)]][:,:,:,[j*W//w for j in range(w)]]
+
+def np_reviewkd(l, par, fm_s, fm_t):
+    "From deep to shallow"
+    total,r = 0.,None
+    for i,(s,t) in reversed([*enumerate(zip(fm_s.values(), fm_t.values(), strict=True))]):
+        p = {k.removeprefix(f'fusions.{i}.'): a for k,a in par.items() if k.startswith(f'fusions.{i}.')}
+        x = np_norm(np_conv(s, p['conv1.weight']), p['bn1.weight'], p['bn1.bias'])
+        if r is not None:
+            r = np_nearest(r, *x.shape[2:])
+            a = np_conv(np.concatenate([x,r], 1), p['att.weight'])+p['att.bias'][:,None,None]
+            a = 1/(1+np.exp(-a))
+            x = a[:,:1]*x+a[:,1:]*r
+        r = np_nearest(x, *t.shape[2:])
+        y = np_norm(np_conv3(r, p['conv2.weight']), p['bn2.weight'], p['bn2.bias'])
+        total += np_hcl_of(y, t.astype(float))
+    return total
+
+formulas_of_parts = {VID:np_vid, ReviewKD:np_reviewkd}
+stages_and_vector = some_maps(((5,3,8,6),(5,7,8,6)), ((5,4,5,3),(5,2,5,3)), ((5,6,1,1),(5,4,1,1)))
+derived_parts = [*[(VID, g) for g in (even_maps,unequal)], (ReviewKD, stages_and_vector), (ReviewKD, deep)]
 
 def parts_of(make, given, rng):
     "Arrays for the parts that the loss learns"

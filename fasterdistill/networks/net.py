@@ -190,7 +190,14 @@ class Net:
         res = copy(self)
         res.layers = list(layers)
         return res
-    def __getitem__(self, name): return self.model.get_submodule(self.passes.find(name).name)
+    def find(self, name):
+        "The `Layer` that `name` means"
+        return self.passes.find(name)
+    def __getitem__(self, name): return self.model.get_submodule(self.find(name).name)
+    @property
+    def rec(self):
+        "The `Record` of a pass on the batch it is at: which modules it calls, in which order"
+        return self.passes.whole({}, self.passes.inputs())
 
     def __call__(self, *xb, bn='batch'):
         """Another pass on `xb`, in the network's present mode; averages of a BatchNorm move only with `bn='update'`,
