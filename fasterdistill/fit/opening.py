@@ -16,7 +16,7 @@ from .columns import users_metrics
 from .nonsense import check_range,doubts
 from .side import Side,example
 from ..missing import refuse_gaps
-from ..networks.record import cloned,lifted,plain,reading,rng_kept,tupled
+from ..networks.record import cloned,lifted,plain,reading,rng_kept,tensors,tupled
 
 # %% ../../nbs/fit/05_opening.ipynb #o001
 _inside = dict(fm_s='student', student='student', fm_t='teacher', teacher='teacher')
@@ -83,11 +83,11 @@ def first_batch(task, terms, sides, teacher, xb, ask_task=False):
     "The `Batch` that terms are tried on; nothing of it is a training step"
     for t in terms: t.layers_on(sides)
     asked = any(t.needs & {'teacher_pred','fm_t'} for t in terms)
-    positions = torch.arange(len(xb[0]), device=task.device)
-    batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0., idx=positions)
+    batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0.)
     raw,maps = run_once('student', terms, sides, teacher)
     task.find_target(raw)
     batch.know(pred=task.prediction(raw), fm_s=maps)
+    batch.know(idx=torch.arange(len(batch), device=task.device))
     if ask_task or 'task_loss' in terms.names: batch.know(task_loss=task.loss(raw))
     if batch.asked:
         said,maps = run_once('teacher', terms, sides, teacher, batch.ask)
@@ -129,7 +129,7 @@ class Opening:
             stack.callback(teacher.close)
             teacher.setup(learn)
         xb = tuple(cloned(tupled(learn.xb)))
-        with rng_kept(*xb), torch.no_grad():
+        with rng_kept(*tensors(xb)), torch.no_grad():
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
             batch = first_batch(self.task, terms, self.sides, teacher, xb, ask_task)
             check_range(terms, batch)
