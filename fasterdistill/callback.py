@@ -22,6 +22,7 @@ from .fit.teaching import Quick,Teaching,around_fit
 from .fit.terms import Terms
 from .loss import as_loss,shown
 from .losses.logits import BinarySoftTarget,Logits,SoftTarget
+from .networks.record import n_items
 from .task import task_kind
 from .teachers.teacher import as_teacher,task_criterion
 from .weight import check_weight
@@ -134,7 +135,8 @@ class KnowledgeDistillationCallback(Quick):
         learn.loss_grad = task.no_loss(learn.pred)       # without labels fastai has computed no loss
         self.teaching.step()
         learn.loss = learn.loss_grad.detach().clone()
-        learn.yb = torch.zeros(len(learn.xb[0]), device=task.device),      # and takes no step where there is no target
+        n = n_items(learn.xb, learn.pred)
+        learn.yb = torch.zeros(n, device=task.device),   # and takes no step where there is no target
     def after_backward(self): self.learned.mean_grads()
     def before_step(self): self.learned.rejoin()
     def after_step(self):

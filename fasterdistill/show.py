@@ -29,7 +29,6 @@ def show_layers(
     cuts=False,  # Whether to try, for the end of each stage, if the network can be resumed there
 ):
     "A table of the layers of `model` as they ran on `x`, which is run in evaluation mode and left as it was"
-    xb = tupled(x)
     rec = look(model, x)
     ends = {s.name: f'stage{i+1}' for i,s in enumerate(stages(model, x, rec))}
     net = Net(model, x) if cuts else None
@@ -37,7 +36,7 @@ def show_layers(
     for c in rec:
         deep = depth is not None and c.name.count('.')>=depth
         if not c.name or deep and c.name not in ends: continue
-        st = activation(c, len(xb[0]), x)
+        st = activation(c, rec.n, x)
         name = st.name if st else c.name
         row = {'layer':name, 'module':type(c.module).__name__, **_columns(st)}
         row['parameters'] = sum(p.numel() for p in c.module.parameters())

@@ -11,7 +11,7 @@ from functools import cached_property,partial
 import torch
 from fastai.callback.fp16 import MixedPrecision
 from ..missing import labels_of
-from ..networks.record import device_of,lifted,plain,tupled
+from ..networks.record import device_of,lifted,n_items,plain,tupled
 from ..task import StandIn,found_axis,task_kind
 from ..teachers.teacher import Teacher,pick,task_criterion
 
@@ -153,7 +153,9 @@ class Batch:
         self.asked = asked and teacher is not None
         self.know(**known)
     def know(self, **known): vars(self).update(known)
-    def __len__(self): return len(self.xb[0])
+    def __len__(self):
+        said = vars(self).get('pred', vars(self.task.learn).get('pred'))
+        return n_items(self.xb, said if isinstance(said, torch.Tensor) else None)
 
     @cached_property
     def xb(self): return tupled(self.task.learn.xb)

@@ -17,7 +17,7 @@ from .nonsense import check_range,doubts
 from .side import Side,example
 from ..missing import refuse_gaps
 from ..networks.as_it_was import as_it_was
-from ..networks.record import cloned,lifted,plain,reading,rng_kept,tupled
+from ..networks.record import cloned,lifted,plain,reading,rng_kept,tensors,tupled
 
 # %% ../../nbs/fit/05_opening.ipynb #o001
 _inside = dict(fm_s='student', student='student', fm_t='teacher', teacher='teacher')
@@ -86,11 +86,11 @@ def first_batch(task, terms, sides, teacher, xb, undo, ask_task=False):
     What the teacher's own pass changes of it each step will change too: the `ExitStack` `undo` puts it back"""
     for t in terms: t.layers_on(sides)
     asked = any(t.needs & {'teacher_pred','fm_t'} for t in terms)
-    positions = torch.arange(len(xb[0]), device=task.device)
-    batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0., idx=positions)
+    batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0.)
     raw,maps,_ = run_once('student', terms, sides, teacher)
     task.find_target(raw)
     batch.know(pred=task.prediction(raw), fm_s=maps)
+    batch.know(idx=torch.arange(len(batch), device=task.device))
     axis = task.settle(raw)
     if teacher is not None and axis is not None: teacher.classes_at(axis)
     if ask_task or 'task_loss' in terms.names: batch.know(task_loss=task.loss(raw))
@@ -159,7 +159,7 @@ class Opening:
             stack.callback(teacher.close)
             teacher.setup(learn)
         xb = tuple(cloned(tupled(learn.xb)))
-        with rng_kept(*xb), torch.no_grad(), as_it_was(*self.networks):
+        with rng_kept(*tensors(xb)), torch.no_grad(), as_it_was(*self.networks):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
             batch = first_batch(self.task, terms, self.sides, teacher, xb, stack, ask_task)
             check_range(terms, batch)

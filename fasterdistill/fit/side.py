@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from ..networks.names import find_layer
 from ..networks.net import Net
-from ..networks.record import cloned,lifted,look,module_by_module,plain,reading,record,tensors
+from ..networks.record import cloned,lifted,look,module_by_module,reading,record,tensors,tupled
 from ..networks.stages import describe,stages
 from ..networks.taps import Taps,activations,overwritten
 
@@ -56,7 +56,7 @@ class Side:
         if self._inp is None: return xb
         last,given = self._given
         if last is None or len(last)!=len(xb) or any(a is not b for a,b in zip(last, xb)):
-            given = tuple(map(plain, self._inp(*xb)))
+            given = tupled(self._inp(*xb))
             self._given = xb,given
         return given
     @property

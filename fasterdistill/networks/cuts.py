@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from fastcore.basics import store_attr
 from torch.utils._pytree import tree_map
-from .record import Info,as_info,lifted,reading,record
+from .record import Info,as_info,as_pictures,each,lifted,reading,record
 from .taps import item_of
 
 # %% ../../nbs/networks/04_cuts.ipynb #c013
@@ -35,10 +35,16 @@ class Blanks:
     "Zeros in the shapes of a recorded output, `n` items for `of`; `leaves` gets those that a gradient is asked of"
     def __init__(self, of, n, device, leaves=None): store_attr()
     def __call__(self, out): return tree_map(self.blank, out, is_leaf=_is_info)
+    def given(self, x):
+        "The same for an input, which may be a list of pictures, one an item"
+        if not as_pictures(x) or len(x)!=self.of: return self(x)
+        return [self.zeros(x[i%self.of], x[i%self.of].shape) for i in range(self.n)]
     def blank(self, o):
         if not _is_info(o): return o                             # what is no tensor is as it was
         size = list(o.shape)
         if size and size[0]%self.of==0: size[0] = size[0]//self.of*self.n
+        return self.zeros(o, size)
+    def zeros(self, o, size):
         z = torch.zeros(size, dtype=o.dtype, device=self.device)
         if self.leaves is None or not z.is_floating_point(): return z
         self.leaves.append(z.requires_grad_())
@@ -79,11 +85,11 @@ class Cut:
 
     def run(self, model, z, leaves=None):
         "One pass in which the layer answers `z` and what finished before it answers blanks, which `leaves` gets"
-        blanks = Blanks(self.rec.xb[0].shape[0], len(z), z.device, leaves)
+        blanks = Blanks(self.rec.n, len(z), z.device, leaves)
         forwards = [Forward(m, answers) for m,answers in self.answers(z, blanks).items()]
         try:
             for f in forwards: f.put()
-            return model(*map(blanks, self.rec.xb))
+            return model(*map(blanks.given, self.rec.xb))
         finally:
             for f in forwards: f.back()
 
@@ -101,8 +107,9 @@ def _replaced(o, item, z):
 def flipped(xb):
     "Inputs whose every number is another: pictures upside down and mirrored, other items first"
     def flip(o):                                         # the columns of a table have categories of their own
-        return o.flip([*range(o.ndim)] if o.is_floating_point() else [0])
-    return [o if o is None else flip(o) for o in xb]
+        dims = [*range(o.ndim)]
+        return o.flip(dims if o.is_floating_point() else dims[:1])
+    return [each(flip, o) for o in xb]
 
 def _near(p, q, tol=1e-5):
     "Whether two tensors' prints tell the same values"

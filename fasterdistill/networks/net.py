@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from .cuts import Forward,Trial
 from .names import find_layer
-from .record import eager,lifted,look,module_by_module,plain,tensors,tupled
+from .record import eager,lifted,look,module_by_module,tensors,tupled
 from .taps import Hook,Taps
 
 # %% ../../nbs/networks/05_net.ipynb #c010
@@ -110,7 +110,7 @@ class Passes:
         return self.taps.layers if self.taps else {}
     def inputs(self):
         "What the network gets for the batch it is at"
-        return None if self.xb is None else tuple(plain(o) for o in self.inp(*self.xb))
+        return None if self.xb is None else tupled(self.inp(*self.xb))
     def find(self, name):
         "The `Layer` that `name` means"
         if name in self.read: return self.read[name]
@@ -202,7 +202,7 @@ class Net:
     def __call__(self, *xb, bn='batch'):
         """Another pass on `xb`, in the network's present mode; averages of a BatchNorm move only with `bn='update'`,
         and one that is held in evaluation while the network trains goes by its averages"""
-        return self.passes.run(lambda: self.model(*self.passes.inp(*map(plain, xb))), self.layers, bn)
+        return self.passes.run(lambda: self.model(*self.passes.inp(*tupled(xb))), self.layers, bn)
 
     def why_not(self, layer):
         "Why the network cannot be cut at `layer` (or at one of a list, tried in one go), in words; None if it can"

@@ -10,7 +10,7 @@ from itertools import groupby
 from math import isqrt,log2,prod
 from typing import NamedTuple
 import torch, torch.nn.functional as F
-from .record import Info,look
+from .record import Info,as_pictures,look,shapes
 
 # %% ../../nbs/networks/01_stages.ipynb #c012
 class Stage(NamedTuple):
@@ -47,10 +47,11 @@ class Stage(NamedTuple):
 
 # %% ../../nbs/networks/01_stages.ipynb #c012a
 def _picture(x):
-    "Height and width of an input if it is a picture, else None"
+    "Height and width of the first input if it is pictures, or of the first in it; None if not, or of unequal sizes"
     first = x[0] if isinstance(x, (tuple,list)) and x else x
-    shape = getattr(first, 'shape', ())
-    return tuple(shape[-2:]) if len(shape)==4 else None
+    one_by_one = as_pictures(first)
+    sizes = [shape[-2:] for shape in shapes(first) if one_by_one or len(shape)==4]
+    return sizes[0] if sizes and not (one_by_one and len({*sizes})>1) else None
 
 def _fits(h, w, hw):
     "Whether `h` rows and `w` columns have the proportions of `hw` (of a square if None), to a row or a column"
@@ -195,8 +196,7 @@ class Outputs:
     "What the calls of `rec`, a recorded pass on `x`, returned, and which call made which"
     def __init__(self, rec, x):
         self.rec,self.hw = rec,_picture(x)
-        batch = rec.xb[0].shape[0]
-        self.stages = {c.start: activation(c, batch, x) for c in rec.calls}
+        self.stages = {c.start: activation(c, rec.n, x) for c in rec.calls}
         self.families = {}                   # calls by the one that made them; the network's own by -1
         for c in rec.calls: self.families.setdefault(c.parent, []).append(c)
 

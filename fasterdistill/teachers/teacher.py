@@ -19,7 +19,7 @@ from ..loss import DistillLoss
 from ..networks.as_it_was import AsItWas,set_mode
 from ..networks.record import device_of,plain,tupled
 from ..task import class_axis,task_kind
-from .codes import ClassOrder,Scale,Way,listed,stats_of
+from .codes import ClassOrder,Scale,Way,listed,on_pictures,stats_of
 from .tables import codes_between
 
 # %% ../../nbs/teachers/00_teacher.ipynb #c005
@@ -155,10 +155,11 @@ class Frozen(Teacher):
 
     def inp(self, *xb):
         if self.inputs is not None: xb = self._chosen(xb)
-        xb = self.way.inp(*map(plain, xb))
-        if self.size is None or tuple(xb[0].shape[-2:])==tuple(self.size): return xb
-        x = F.interpolate(xb[0], self.size, mode='bilinear', align_corners=False, antialias=True)
-        return x,*xb[1:]
+        xb = self.way.inp(*tupled(xb))
+        return xb if self.size is None else (on_pictures(self._resized, xb[0]),*xb[1:])
+    def _resized(self, x):
+        if tuple(x.shape[-2:])==tuple(self.size): return x
+        return F.interpolate(x, self.size, mode='bilinear', align_corners=False, antialias=True)
     def out(self, o):
         o = pick(o, self.output, 'teacher')
         if not isinstance(o, torch.Tensor): return o
