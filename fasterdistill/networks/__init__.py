@@ -1,5 +1,6 @@
 "Any network, read and run without changing it"
 from .record import *
+from .layouts import *
 from .stages import *
 from .names import *
 from .taps import *
