@@ -96,7 +96,7 @@ def _mixed(loss, ks, fm_t, bridged, student, teacher):
     return mixed,preds
 
 def _last_distance(z, t, stage):
-    "The squared distance of two maps of one `Stage`, and of how strong their channels are, the means of what is positive"
+    "The squared distance of maps of one `Stage`, and of how strong their channels are (the mean of what is positive)"
     strong,goal = (pooled(o.relu(), stage) for o in (z,t))
     return F.mse_loss(z, t) + F.mse_loss(strong, goal)
 
