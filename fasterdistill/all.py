@@ -14,7 +14,8 @@ from .missing import MissingLabels
 from .networks.adapters import bridge,exit_head,local_to_global,regressor
 from .networks.names import find_layer,pair_layers
 from .networks.net import Net
-from .networks.stages import pooled,stages,to_map
+from .networks.layouts import pooled,to_map
+from .networks.stages import stages
 from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
 from .task import gather
 from .teachers import Called,Ensemble,Frozen,Teacher,as_teacher

@@ -9,7 +9,8 @@ __all__ = ['colors', 'show_layers', 'plot_parts', 'show_attention', 'predictions
 import math
 import matplotlib.pyplot as plt,numpy as np,pandas as pd,torch
 from .networks.record import look,plain,reading,tupled
-from .networks.stages import activation,stages,to_map
+from .networks.layouts import to_map
+from .networks.stages import returned,stages
 from .losses.attention import attention_map
 from .networks.net import Net
 from .networks.taps import Taps
@@ -25,19 +26,19 @@ def _columns(st):
 def show_layers(
     model,       # The network
     x,           # An example input, a tensor or a tuple of them
-    depth=2,     # How deep into the modules: 1 is the network's own children; None for all
+    depth=2,     # How deep into the modules: 1 is the network's own children; None for all. What ends a stage, and
+                 # what stands beside it, is shown at any depth
     cuts=False,  # Whether to try, for the end of each stage, if the network can be resumed there
 ):
     "A table of the layers of `model` as they ran on `x`, which is run in evaluation mode and left as it was"
     rec = look(model, x)
     ends = {s.name: f'stage{i+1}' for i,s in enumerate(stages(model, x, rec))}
     net = Net(model, x) if cuts else None
-    rows = []
-    for c in rec:
+    calls = [(c, st, st.name if st else c.name) for c,st in zip(rec.calls, returned(rec, x), strict=True)]
+    beside,rows = {c.parent for c,_,name in calls if name in ends},[]
+    for c,st,name in calls:
         deep = depth is not None and c.name.count('.')>=depth
-        if not c.name or deep and c.name not in ends: continue
-        st = activation(c, rec.n, x)
-        name = st.name if st else c.name
+        if not c.name or deep and c.parent not in beside: continue
         row = {'layer':name, 'module':type(c.module).__name__, **_columns(st)}
         row['parameters'] = sum(p.numel() for p in c.module.parameters())
         row['stage'] = ends.get(name, '')

@@ -3,6 +3,7 @@ adapters, FCFD. A cell is ✓ where a fit with the callback does what the same f
 Learner's loss function (written.py); ✗ where it is refused before training, with the reason. What a single fit computes
 and leaves alone, and every way out of it, is in test_callback.py; conftest.py prints the table."""
 import copy
+from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
 
@@ -250,6 +251,30 @@ def other_words(t):
     dls.vocab = ([words[i] for i in order],list('abcd'))
     return Learner(dls, m, loss_func=CrossEntropyLossFlat(), cbs=rnn())
 
+def bert(w, s):
+    "Hugging Face's, of four blocks, with nothing left out at random"
+    from transformers import BertConfig,BertForSequenceClassification
+    seed(s)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=len(words), hidden_size=2*w, num_hidden_layers=4, num_attention_heads=2, intermediate_size=4*w,
+        num_labels=4, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+
+# signals, volumes
+
+def over(dims):
+    "`(width, seed)` to three stages of convolutions over so many dimensions"
+    conv,norm,pool = {1: (nn.Conv1d,nn.BatchNorm1d,nn.AdaptiveAvgPool1d),
+                      3: (nn.Conv3d,nn.BatchNorm3d,nn.AdaptiveAvgPool3d)}[dims]
+    def block(i, o, stride): return nn.Sequential(conv(i, o, 3, stride, 1), norm(o), nn.ReLU(inplace=True))
+    def make(w, s):
+        seed(s)
+        return nn.Sequential(OrderedDict(
+            layer1=block(1, w, 1), layer2=block(w, 2*w, 2), layer3=block(2*w, 4*w, 2),
+            pool=pool(1), flat=nn.Flatten(), fc=nn.Linear(4*w, 10)))
+    return make
+def signals(): return tuples(X[:160].flatten(2), Y[:160], drop_last=True)
+def volumes(): return tuples(X[:160,:,None].repeat(1, 1, 4, 1, 1), Y[:160], drop_last=True)
+
 # tables
 
 cats,conts = ['alcohol','hue','ash'],['malic_acid','magnesium','flavanoids','proline']
@@ -337,9 +362,8 @@ def torch_loaders():
 
 def first(o): return o[0] if isinstance(o, tuple) else o
 
-classified = dict(dls=snippets, cbs=rnn, select=first, told=['1.layers.0'],
-                  cuts=[['1.layers.0.1','1.layers.0']])
-tabled = dict(make=tabular, dls=rows_and_columns, told=['layers.1'], cuts=[['layers.0','layers.1']])
+classified = dict(dls=snippets, cbs=rnn, select=first, found=['0[0]'], cuts=[['1.layers.0.1','1.layers.0']])
+tabled = dict(make=tabular, dls=rows_and_columns, found=['layers.0','layers.1'])
 tasks = {
     'single-label images': Task(),
     'multi-label images': Task(
@@ -353,8 +377,13 @@ tasks = {
         found=['layers.0.1','layers.3'], cuts=[['layers.8','layers.9']]),           # behind the last skip connection
     'text classification (AWD_LSTM)': Task(make=classifier, **classified),
     'language model (AWD_LSTM)': Task(
-        make=language, dls=stream, cbs=rnn, select=first, told=['0.rnns.1[0]'], kd=tokenwise,
+        make=language, dls=stream, cbs=rnn, select=first, found=['0.rnns.0[0]','0.rnns.1[0]'], kd=tokenwise,
         cuts=[['0.rnns.1[0]','1.decoder']]),
+    'text classification (BERT)': Task(
+        make=bert, dls=snippets, loss=partial(OfDict, 'logits'), select=lambda o: o['logits'], output='logits',
+        found=[f'bert.encoder.layer.{i}' for i in range(4)], lr=.01),
+    'signals (1-D convolutions)': Task(make=over(1), dls=signals),
+    'volumes (3-D convolutions)': Task(make=over(3), dls=volumes),
     'tabular (two inputs)': Task(**tabled),
     'a dict as output (output=, for both networks)': Task(
         make=lambda w,s: Named(net(w, s=s)), loss=OfDict, select=lambda o: o['out'], output='out',

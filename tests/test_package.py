@@ -97,8 +97,8 @@ def test_one_place():
 
 # ---- the arrows ----
 
-order = '''networks.as_it_was networks.record networks.stages networks.names networks.taps networks.cuts networks.net
-    networks.adapters
+order = '''networks.as_it_was networks.record networks.layouts networks.stages networks.names networks.taps
+    networks.cuts networks.net networks.adapters
     companion weight loss task losses expressions
     teachers.codes teachers.tables teachers.teacher state missing
     fit.terms fit.side fit.batch fit.learned fit.columns fit.nonsense fit.opening fit.plan fit.teaching

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves
 
+from fasterdistill.networks.layouts import to_map
 from fasterdistill.networks.names import find_layer,pair_layers
 from fasterdistill.networks.net import Net
-from fasterdistill.networks.stages import stages,to_map
+from fasterdistill.networks.stages import stages
 from fasterdistill.networks.taps import Taps
 
 timm = pytest.importorskip('timm')

@@ -73,7 +73,7 @@ class Row:
     @property
     def unequal(self):
         "Whether maps of unequal size are paired, where that matters to the loss"
-        maps = [p for p in self.stages if None not in p and all(len(stage.size)==2 for stage in p)]
+        maps = [p for p in self.stages if None not in p and all(stage.is_map for stage in p)]
         return not self.term.loss.pools and any(a.size!=b.size for a,b in maps)
     def cells(self):
         value = '–' if self.value is None else f'{self.value:.4g}'

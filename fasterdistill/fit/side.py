@@ -10,9 +10,10 @@ from contextlib import nullcontext
 import torch
 from ..networks.names import find_layer
 from ..networks.net import Net
-from ..networks.record import cloned,lifted,look,module_by_module,reading,record,tensors,tupled
-from ..networks.stages import describe,stages
-from ..networks.taps import Taps,activations,overwritten
+from ..networks.record import cloned,look,module_by_module,reading,record,tensors,tupled
+from ..networks.layouts import describe
+from ..networks.stages import stages
+from ..networks.taps import Taps,activations,misread,overwritten
 
 # %% ../../nbs/fit/01_side.ipynb #s001
 def fingerprint(model, xb):
@@ -27,6 +28,7 @@ class Findings:
         self.of = fingerprint(model, xb)
         self.rec,self.stages = None,None                 # the order of its calls, where its stages end
         self.layers,self.copies = {},{}                  # `Layer`s by name, and whether they are overwritten later
+        self.first = {}                                  # whether their channels come first, if they would be misread
         self.sizes = {}                                  # places where it was cut, as `Passes` keeps them
     def hold(self, model, xb):
         "Whether they are of this network as it is"
@@ -96,17 +98,20 @@ class Side:
     def tap(self, layers):
         "Tap `layers` (by name), of which the findings say whether they are overwritten"
         copies = [n for n in layers if self.found.copies[n]]
-        self.taps = Taps(self.model, layers, who=self.who, copies=copies) if layers else None
+        found = dict(copies=copies, first=self.found.first)
+        self.taps = Taps(self.model, layers, who=self.who, **found) if layers else None
     def make_net(self):
         "The network for extra passes, for terms that name it"
         self.net = Net(self.model, who=self.who, inp=self.inputs, out=self.out, taps=self.taps, sizes=self.found.sizes)
         self.net.at(self.xb, seen=self.seen)
     def activations(self):
         "What the tapped layers returned in the ordinary pass, by name, half precision lifted"
-        return {n: lifted(self.taps[n]) for n in self.taps.layers} if self.taps else {}
+        return {n: self.taps.hand(n, self.taps[n]) for n in self.taps.layers} if self.taps else {}
     def describe(self, maps):
         "The `Stage` of each of `maps` (by name); None for what is no activation"
-        return {n: describe(z, self.given) if isinstance(z, torch.Tensor) else None for n,z in maps.items()}
+        first = self.found.first
+        return {n: describe(z, self.given, first=first.get(n)) if isinstance(z, torch.Tensor) else None
+                for n,z in maps.items()}
 
 # %% ../../nbs/fit/01_side.ipynb #s015
 def example(side, names, run=None, resumed=False):
@@ -117,7 +122,7 @@ def example(side, names, run=None, resumed=False):
     new = any(n not in found.copies for n in names) or resumed and not found.sizes
     result,maps = (_recorded if new else _tapped)(side, layers, run, resumed)
     side.sizes = side.describe(maps)
-    return result,{n: lifted(z) for n,z in maps.items()}
+    return result,{n: side.taps.hand(n, z) for n,z in maps.items()}
 
 def _recorded(side, layers, run, resumed):
     "A pass that is noted: its result, and copies of what `layers` returned"
@@ -125,6 +130,7 @@ def _recorded(side, layers, run, resumed):
         rec = record(side.model, *side.given, keep=layers.values(), copy=True, prints=resumed, run=lambda *_: run())
     written = overwritten(rec, layers, side.who)
     side.found.copies.update({n: n in written for n in layers})
+    side.found.first.update(misread(rec, layers, side.given, side.who))
     if side.found.rec is None: side.found.rec = rec.bare()
     side.seen = rec if resumed else None
     side.tap(layers)

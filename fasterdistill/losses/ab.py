@@ -12,7 +12,7 @@ from torch import nn
 from ..loss import FeatureLoss
 from ..networks.adapters import connector
 from ..networks.record import plain
-from ..networks.stages import describe,same_size
+from ..networks.layouts import describe,same_size
 
 # %% ../../nbs/losses/25_ab.ipynb #c011
 def connector_between(s, t, xb=None):

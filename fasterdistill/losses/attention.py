@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import same_size
+from ..networks.layouts import same_size
 from ..task import check_choice
 
 # %% ../../nbs/losses/20_attention.ipynb #c010
@@ -23,10 +23,12 @@ def attention_map(z, p=2, map='sum'):
     return F.normalize(a.flatten(1), dim=1, eps=1e-12)
 
 # %% ../../nbs/losses/20_attention.ipynb #c014
+_pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}
+
 class Attention(FeatureLoss):
     """Match where student and teacher activations are strong, whatever their channels.
-    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, to a scalar, summed over the pairs;
-    the larger map of a pair is average-pooled to the smaller.
+    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, of signals `(B,C,L)` or of volumes, to a scalar,
+    summed over the pairs; the larger map of a pair is average-pooled to the smaller.
     `form='code'`, the mean of squared differences, wants a weight of about 1000. Zagoruyko and Komodakis, ICLR 2017."""
     def __init__(self,
         p:float=2,        # Power of the activations
@@ -38,7 +40,7 @@ class Attention(FeatureLoss):
         store_attr()
     def pair(self, s, t, xb=None):
         s,t = same_size(plain(s), plain(t), xb)
-        if s.shape[2:]==(1,1):
+        if s.shape[2:].numel()==1:
             raise ValueError('a map of 1×1 has one place to look at, so Attention would be 0 whatever the student '
                              'does: name larger layers, as in Attention().at("stages[:-1]")')
         d = attention_map(s, self.p, self.map)-attention_map(t, self.p, self.map)

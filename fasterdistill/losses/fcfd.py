@@ -12,7 +12,7 @@ from torch import nn
 from ..loss import DistillLoss
 from .logits import BinarySoftTarget,Logits,SoftTarget
 from ..networks.adapters import bridge
-from ..networks.stages import describe,to_map
+from ..networks.layouts import describe,pooled
 from ..task import check_choice,task_kind
 
 # %% ../../nbs/losses/29_fcfd.ipynb #c008
@@ -38,10 +38,12 @@ class FCFD(DistillLoss):
         store_attr()
         self.kd,self.draws,self.candidates = SoftTarget(T),torch.Generator().manual_seed(seed),[]
         self.s2t,self.t2s = nn.ModuleList(),nn.ModuleList()
+        self.last = None                                          # the `Stage` of the teacher's last map
     def build(self, fm_s, fm_t, student, teacher, xb=None):
         pairs = list(zip(fm_s.values(), fm_t.values(), strict=True))
         ways = [d for d in ('s2t','t2s') if self.direction in (d,'both')]
         self.candidates = [(d,i) for d in ways for i in range(len(pairs)-1)]
+        self.last = describe(pairs[-1][1], xb)
         if ways: _check_switches(self, list(fm_s), list(fm_t), student, teacher)
         self.s2t.extend(self.adapter(s, t, xb=xb) for s,t in pairs)
         if 't2s' in ways: self.t2s.extend(self.adapter(t, s, xb=xb) for s,t in pairs[:-1])
@@ -62,7 +64,8 @@ class FCFD(DistillLoss):
         stages = list(zip(fm_t, bridged, mixed, strict=True))
         res = [sum(F.mse_loss(z, t) for z in (b,*m)) for t,b,m in stages[:-1]]
         t,b,m = stages[-1]
-        return torch.stack([*res,sum(_last_distance(z, t, xb) for z in (b,*m))])
+        last = self.last or describe(t, xb)
+        return torch.stack([*res,sum(_last_distance(z, t, last) for z in (b,*m))])
     def compare(self, pred, teacher_pred, target=None, criterion=None):
         "How far a prediction is from the teacher's, in the way that suits the Learner's loss function"
         kind = task_kind(criterion)
@@ -92,14 +95,10 @@ def _mixed(loss, ks, fm_t, bridged, student, teacher):
         preds.append(view.pred)
     return mixed,preds
 
-def _last_distance(z, t, xb):
-    "The squared distance of two maps, and of how strong their channels are"
-    return F.mse_loss(z, t) + F.mse_loss(_strong(z, xb), _strong(t, xb))
-
-def _strong(z, xb):
-    "How strong each channel of a map is, `(B,C)`: the mean of its positive part"
-    sequence = z.ndim==3 and len(describe(z, xb).size)==1
-    return z.relu().mean(1) if sequence else to_map(z, x=xb).relu().mean((2,3))
+def _last_distance(z, t, stage):
+    "The squared distance of maps of one `Stage`, and of how strong their channels are (the mean of what is positive)"
+    strong,goal = (pooled(o.relu(), stage) for o in (z,t))
+    return F.mse_loss(z, t) + F.mse_loss(strong, goal)
 
 # %% ../../nbs/losses/29_fcfd.ipynb #c008b
 def _check_switches(loss, ks, kt, student, teacher):

@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from ..loss import FeatureLoss
 from ..networks.adapters import regressor
 from ..networks.record import plain
-from ..networks.stages import to_map
+from ..networks.layouts import to_map
 
 # %% ../../nbs/losses/21_fitnet.ipynb #c008
 class FitNet(FeatureLoss):
@@ -24,7 +24,7 @@ class FitNet(FeatureLoss):
     ): store_attr()
     def pair(self, s, t, xb=None):
         s,t = plain(s),plain(t)
-        if s.shape!=t.shape and s.ndim==4: t = to_map(t, x=xb)
+        if s.shape!=t.shape and s.ndim>3: t = to_map(t, x=xb)
         if s.shape!=t.shape:
             hint = '; leave adapter at its default to have them met' if self.adapter is None else ''
             raise ValueError('FitNet compares activations of one shape, '

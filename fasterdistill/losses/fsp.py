@@ -10,7 +10,7 @@ from itertools import pairwise
 from fastcore.basics import store_attr
 from ..loss import DistillLoss
 from ..networks.record import plain
-from ..networks.stages import same_size
+from ..networks.layouts import same_size
 from ..task import check_choice
 
 # %% ../../nbs/losses/23_fsp.ipynb #c009

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import describe,pooled
+from ..networks.layouts import describe,pooled
 from ..task import check_labels,first_row,gather,same_class
 
 # %% ../../nbs/losses/30_infonce.ipynb #c008
@@ -94,7 +94,7 @@ def _stage(z, xb):
     stage = describe(z, xb) if isinstance(z, torch.Tensor) else None
     if stage: return stage
     what = tuple(z.shape) if isinstance(z, torch.Tensor) else f'a {type(z).__name__}'
-    raise ValueError(f'InfoNCE pools maps (B,C,H,W), tokens (B,N,C) or vectors (B,C); this activation is {what}')
+    raise ValueError(f'InfoNCE pools maps (B,C,…), tokens (B,N,C) or vectors (B,C); this activation is {what}')
 
 class _Floor(torch.autograd.Function):
     "`x`, or `low` where `x` is below: there a gradient counts that lifts `x`, and none that would take it further down"

@@ -9,7 +9,7 @@ __all__ = ['mean_kernel', 'NST']
 import torch.nn.functional as F
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import same_size
+from ..networks.layouts import same_size
 
 # %% ../../nbs/losses/22_nst.ipynb #c006
 def mean_kernel(

@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..loss import DistillLoss
 from ..networks.adapters import exit_head
-from ..networks.stages import describe
+from ..networks.layouts import describe
 from ..task import Rows,check_T,check_choice,check_classes
 
 # %% ../../nbs/losses/12_ofa.ipynb #c010

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..loss import FeatureLoss
 from ..networks.adapters import connector
 from ..networks.record import plain
-from ..networks.stages import describe,same_size
+from ..networks.layouts import describe,same_size
 
 # %% ../../nbs/losses/26_ofd.ipynb #c008
 def bn_margin(

@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..loss import DistillLoss,FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import to_map
+from ..networks.layouts import to_map
 
 # %% ../../nbs/losses/27_reviewkd.ipynb #c008
 class HCL(FeatureLoss):

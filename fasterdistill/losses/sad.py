@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from ..loss import DistillLoss
 from ..networks.record import plain
-from ..networks.stages import to_map
+from ..networks.layouts import to_map
 from ..task import check_choice,check_T
 
 # %% ../../nbs/losses/40_sad.ipynb #s009

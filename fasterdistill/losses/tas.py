@@ -13,7 +13,7 @@ from ..loss import DistillLoss
 from .infonce import InfoNCE
 from .ofa import OFALogits
 from ..networks.adapters import local_to_global
-from ..networks.stages import describe,pooled
+from ..networks.layouts import describe,pooled
 from ..task import check_choice,check_classes,item_classes,same_classes
 
 # %% ../../nbs/losses/50_tas.ipynb #c022
@@ -70,7 +70,7 @@ def _feature(fm, xb):
 
 def _is_cnn(fm, xb):
     stage = describe(_at_cut(fm), xb)
-    return stage is not None and stage.layout=='NCHW'
+    return stage is not None and stage.channels_first
 
 def _check_cut(net, layer):
     "`ValueError`, saying why, where `net` cannot be resumed from `layer`"

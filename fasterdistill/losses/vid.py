@@ -12,7 +12,7 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import describe,is_grid,same_size,to_map
+from ..networks.layouts import describe,is_grid,same_size,to_map
 
 # %% ../../nbs/losses/24_vid.ipynb #c008
 class Gaussian(nn.Module):

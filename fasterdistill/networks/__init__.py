@@ -1,6 +1,7 @@
 "Any network, read and run without changing it"
 from .as_it_was import *
 from .record import *
+from .layouts import *
 from .stages import *
 from .names import *
 from .taps import *

@@ -11,17 +11,23 @@ from itertools import pairwise
 from math import log2
 import torch, torch.nn.functional as F
 from torch import nn
-from .stages import describe,from_map,is_grid,to_map
+from .layouts import describe,from_map,is_grid,to_map
 
 # %% ../../nbs/networks/06_adapters.ipynb #c005
+_conv = {1:nn.Conv1d, 2:nn.Conv2d, 3:nn.Conv3d}
+_transposed = {1:nn.ConvTranspose1d, 2:nn.ConvTranspose2d, 3:nn.ConvTranspose3d}
+_norm = {1:nn.BatchNorm1d, 2:nn.BatchNorm2d, 3:nn.BatchNorm3d}
+_pool = {1:nn.AdaptiveAvgPool1d, 2:nn.AdaptiveAvgPool2d, 3:nn.AdaptiveAvgPool3d}
+_linear = {1:'linear', 2:'bilinear', 3:'trilinear'}
+
 class Resize(nn.Module):
-    "Maps at `scale` times their height and width"
+    "Maps at `scale` times their height and width, signals and volumes likewise"
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
     def forward(self, z):
         size = [max(round(n*k), 1) for n,k in zip(z.shape[2:], self.scale, strict=True)]
-        return F.interpolate(z, size=size, mode='bilinear', align_corners=False)
+        return F.interpolate(z, size=size, mode=_linear[len(size)], align_corners=False)
     def extra_repr(self): return '×'.join(f'{k:.3g}' for k in self.scale)
 
 def _ratio(a, b):
@@ -35,15 +41,25 @@ def _between(
     bias,   # Whether a convolution has one that halves or doubles the size
 ):
     "Layers that bring maps to another width and size: a convolution, and a resize if that does not do"
-    ratio = _ratio(a, b)
-    if ratio==(.5,.5): return [nn.Conv2d(a.channels, b.channels, 3, 2, 1, bias=bias)]
-    if ratio==(2,2): return [nn.ConvTranspose2d(a.channels, b.channels, 4, 2, 1, bias=bias)]
-    conv = nn.Conv2d(a.channels, b.channels, kernel, padding=kernel//2, bias=False)
-    return [conv] if ratio==(1,1) else [conv,Resize(ratio)]
+    ratio,dims = _ratio(a, b),len(a.size)
+    if {*ratio}=={.5}: return [_conv[dims](a.channels, b.channels, 3, 2, 1, bias=bias)]
+    if {*ratio}=={2}: return [_transposed[dims](a.channels, b.channels, 4, 2, 1, bias=bias)]
+    conv = _conv[dims](a.channels, b.channels, kernel, padding=kernel//2, bias=False)
+    return [conv] if {*ratio}=={1} else [conv,Resize(ratio)]
+
+def _meet(a, b):
+    "Whether a convolution leads from `Stage` `a` to `b`: as many dimensions, and for one of them they lie in space"
+    if None in (a,b) or len(a.size)!=len(b.size): return False
+    return a.is_map or b.is_map
+
+def _spread(z, stage):
+    "`z` as convolutions read it, the channels first, a sequence too"
+    sequence = stage.layout=='BLC' and not stage.is_grid
+    return z.transpose(1,2) if sequence else to_map(z, stage)
 
 # %% ../../nbs/networks/06_adapters.ipynb #c005b
 class Regressor(nn.Module):
-    "The student's activation at the width and size of the teacher's, which is a map `(B,C,H,W)` or a sequence"
+    "The student's activation at the width and size of the teacher's, a map with the channels first or a sequence"
     def __init__(self,
         s,       # The student's activation
         t,       # The teacher's
@@ -54,22 +70,26 @@ class Regressor(nn.Module):
         if self.s is None or self.t is None:
             raise ValueError(f'no regressor between activations of shape {tuple(s.shape)} and {tuple(t.shape)}: '
                              'expected (B,C), (B,L,C) or maps')
-        self.grid = self.s.is_grid
+        self.spread = _meet(self.s, self.t) or self.s.is_map and self.t.size==()
+        self.sequence = self.spread and self.t.layout=='BLC' and not self.t.is_grid
         self.layers = self._layers(t)
         if self.layers is None:
             raise ValueError(f'no regressor from {self.s.size or "a vector"} to {self.t.size or "a vector"} '
                              f'(activations of shape {tuple(s.shape)} and {tuple(t.shape)})')
 
     def _layers(self, t):
-        "From a grid to a grid or a vector, or between two of one size; None for what cannot be met"
-        ns,nt = self.s.channels,self.t.channels
-        if self.grid and self.t.is_grid:
+        "From a map to a map or a vector, or between two of one size; None for what cannot be met"
+        ns,nt,dims = self.s.channels,self.t.channels,len(self.s.size)
+        if _meet(self.s, self.t):
             act = [nn.ReLU()] if t.min()>=0 else []
-            return nn.Sequential(*_between(self.s, self.t, 1, False), nn.BatchNorm2d(nt), *act)
-        if self.grid and self.t.size==(): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ns, nt))
+            return nn.Sequential(*_between(self.s, self.t, 1, False), _norm[dims](nt), *act)
+        if self.spread: return nn.Sequential(_pool[dims](1), nn.Flatten(), nn.Linear(ns, nt))
         if self.s.size==self.t.size: return nn.Linear(ns, nt)
 
-    def forward(self, s): return self.layers(to_map(s, self.s) if self.grid else s)
+    def forward(self, s):
+        if not self.spread: return self.layers(s)
+        z = self.layers(_spread(s, self.s))
+        return z.transpose(1,2) if self.sequence else z
 
 def regressor(s, t, xb=None):
     "A `Regressor` from the student's activation `s` to the teacher's `t`. Romero et al., ICLR 2015"
@@ -107,8 +127,9 @@ class Bridge(nn.Module):
     ):
         super().__init__()
         self.a,self.b = describe(a, xb),describe(b, xb)
-        self.vectors = self.a is not None and self.b is not None and not self.a.is_grid and self.a.size==self.b.size
-        if not self.vectors and not (is_grid(self.a) and is_grid(self.b)):
+        spread = _meet(self.a, self.b)
+        self.vectors = not spread and None not in (self.a,self.b) and self.a.size==self.b.size
+        if not self.vectors and not spread:
             raise ValueError(f'no bridge between activations of shape {tuple(a.shape)} and {tuple(b.shape)}: '
                              'both need rows and columns, or neither and one length')
         na,nb = self.a.channels,self.b.channels
@@ -118,14 +139,15 @@ class Bridge(nn.Module):
         self.prefix = nn.Linear(na, nb) if self.a.prefix and self.b.prefix else None
 
     def _convs(self):
-        "From a grid to a grid"
+        "From a map to a map"
         conv,*resize = _between(self.a, self.b, 3, True)
-        if isinstance(conv, nn.Conv2d): nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-        return [conv,*resize,nn.BatchNorm2d(self.b.channels)]
+        straight = isinstance(conv, (*_conv.values(),))
+        if straight: nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        return [conv,*resize,_norm[len(self.b.size)](self.b.channels)]
 
     def forward(self, z):
         if self.vectors: return self.layers(z)
-        m = self.layers(to_map(z, self.a))
+        m = self.layers(_spread(z, self.a))
         return from_map(m, self.b, None if self.prefix is None else self._prefix(z))
 
     def _prefix(self, z):
@@ -143,8 +165,9 @@ def _drawn(m):
     "`m` with linear layers drawn as transformers have them, and convolutions by their fan-out"
     for o in m.modules():
         if isinstance(o, nn.Linear): nn.init.trunc_normal_(o.weight, std=.02)
-        if isinstance(o, nn.Conv2d): nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
-        if isinstance(o, (nn.Linear,nn.Conv2d)) and o.bias is not None: nn.init.zeros_(o.bias)
+        conv = isinstance(o, (*_conv.values(),))
+        if conv: nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
+        if (conv or isinstance(o, nn.Linear)) and o.bias is not None: nn.init.zeros_(o.bias)
     return m
 
 def attention_block(
@@ -167,23 +190,24 @@ class Merge(nn.Module):
         return self.linear(self.norm(torch.cat(four, -1)))
 
 # %% ../../nbs/networks/06_adapters.ipynb #c122
-def _separable(ni, nf, stride):
+def _separable(ni, nf, stride, dims):
     "A convolution of each channel by itself, then one of 1×1"
-    depthwise = nn.Conv2d(ni, ni, 3, stride, 1, groups=ni, bias=False)
-    return [depthwise,nn.Conv2d(ni, nf, 1, bias=False),nn.BatchNorm2d(nf),nn.ReLU(inplace=True)]
+    depthwise = _conv[dims](ni, ni, 3, stride, 1, groups=ni, bias=False)
+    return [depthwise,_conv[dims](ni, nf, 1, bias=False),_norm[dims](nf),nn.ReLU(inplace=True)]
 
 class MapExit(nn.Sequential):
-    "Logits from a map `(B,C,H,W)`"
+    "Logits from a map `(B,C,H,W)`, a signal `(B,C,L)` or a volume `(B,C,D,H,W)`"
     def __init__(self,
         c,       # Channels of the map
         classes, # How many logits
         width,   # Of the last layer
         left,    # How many stages follow the map
+        dims=2,  # Of its positions
     ):
         widths = [c*2**i for i in range(left)]+[width]
-        convs = [o for ni,nf in pairwise(widths) for o in (*_separable(ni, ni, 2),*_separable(ni, nf, 1))]
-        convs = convs or [nn.Conv2d(c, width, 1)]
-        super().__init__(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        convs = [o for ni,nf in pairwise(widths) for o in (*_separable(ni, ni, 2, dims),*_separable(ni, nf, 1, dims))]
+        convs = convs or [_conv[dims](c, width, 1)]
+        super().__init__(*convs, _pool[dims](1), nn.Flatten(), nn.Linear(width, classes))
 
 # %% ../../nbs/networks/06_adapters.ipynb #c122b
 class TokenExit(nn.Module):
@@ -207,7 +231,7 @@ class TokenExit(nn.Module):
 
     def tokens(self, z):
         "The tokens behind the prefix, merged and of the width of the blocks"
-        if not self.stage.is_grid: return self.widen(z)
+        if not self.stage.is_grid: return self.widen(z.flatten(1,-2))
         grid = to_map(z, self.stage).permute(0,2,3,1)
         for i,merge in enumerate(self.merges): grid = merge(F.gelu(grid) if i else grid)
         return self.widen(grid).flatten(1,2)
@@ -232,12 +256,12 @@ def exit_head(
         raise ValueError(f'no exit from an activation of shape {tuple(z.shape)}: expected (B,C), (B,L,C) or a map')
     width = width or st.channels
     if st.layout=='BC': return _drawn(nn.Linear(st.channels, classes))
-    if st.layout=='NCHW': return _drawn(MapExit(st.channels, classes, width, left))
+    if st.channels_first: return _drawn(MapExit(st.channels, classes, width, left, len(st.size)))
     return _drawn(TokenExit(st, classes, width, left))
 
 # %% ../../nbs/networks/06_adapters.ipynb #c125
 class LocalToGlobal(nn.Module):
-    "From network `a`'s map to network `b`'s activation and layout; `ValueError` unless both have rows and columns"
+    "From network `a`'s map to network `b`'s activation and layout; `ValueError` unless both lie in space alike"
     def __init__(self,
         a,              # An activation of the one network
         b,              # An activation of the other
@@ -246,7 +270,7 @@ class LocalToGlobal(nn.Module):
     ):
         super().__init__()
         self.a,self.b = describe(a, xb),describe(b, xb)
-        if not (is_grid(self.a) and is_grid(self.b)):
+        if not _meet(self.a, self.b):
             raise ValueError(f'no projector between activations of shape {tuple(a.shape)} and {tuple(b.shape)}: '
                              'both need rows and columns')
         width,n = self.b.channels,self.b.prefix
@@ -257,13 +281,14 @@ class LocalToGlobal(nn.Module):
 
     def _patches(self):
         "A convolution over whole patches if the grid divides, else one of 1×1 and a resize"
-        (ha,wa),(hb,wb) = self.a.size,self.b.size
-        if ha%hb or wa%wb: return [nn.Conv2d(self.a.channels, self.b.channels, 1),Resize(_ratio(self.a, self.b))]
-        patch = ha//hb,wa//wb
-        return [nn.Conv2d(self.a.channels, self.b.channels, patch, patch)]
+        sides,conv = list(zip(self.a.size, self.b.size, strict=True)),_conv[len(self.a.size)]
+        if any(a%b for a,b in sides):
+            return [conv(self.a.channels, self.b.channels, 1),Resize(_ratio(self.a, self.b))]
+        patch = tuple(a//b for a,b in sides)
+        return [conv(self.a.channels, self.b.channels, patch, patch)]
 
     def forward(self, z):
-        m = self.embed(to_map(z, self.a))
+        m = self.embed(_spread(z, self.a))
         tokens,n = m.flatten(2).transpose(1,2),self.b.prefix
         if n: tokens = torch.cat([self.prefix.expand(len(tokens),-1,-1), tokens], 1)
         if self.attention is not None: tokens = self.attention(tokens)

@@ -146,7 +146,7 @@ class Passes:
             stack.enter_context(self.keeping(kind))
             pred = self.out(forward())
         fresh = [n for n in layers if n in store and (tried is None or n in tried.ran)]
-        return View(lifted(pred), {n: lifted(store[n]) for n in fresh})
+        return View(lifted(pred), {n: self.taps.hand(n, store[n]) for n in fresh})
 
     def tried(self, *names):
         "`Tried` places, in the order of `names`; those not tried on inputs of this size are, in one go"

@@ -157,6 +157,7 @@ class Record:
     def __init__(self, model, xb):
         self.model,self.xb,self.raw,self.result = model,as_info(tuple(xb)),None,None
         self.calls,self.ends,self.prints,self.kept = [],[],[],{}
+        self.takes,self.makes = {},{}        # by the start of a call, the numbers of tensors; -1: made between modules
     def __iter__(self): return iter(self.calls)
     @property
     def n(self):
@@ -223,6 +224,21 @@ def _as_numbers(prints):
     numbers = iter(torch.stack(flat).tolist() if flat else ())
     return [[next(numbers) for _ in ps] for ps in prints]
 
+# %% ../../nbs/networks/00_record.ipynb #n002
+class Numbers:
+    "Numbers for tensors, by which they are known again while they live"
+    def __init__(self): self.seen,self.n = {},0
+    def of(self, o, new=True):
+        "The numbers of the tensors in `o`; one that was not seen before gets a `new` one, or else -1"
+        return {self.number(t, new) for t in tensors(o)}
+    def number(self, t, new):
+        ref,n = self.seen.get(id(t), (None,-1))
+        if ref is not None and ref() is t: return n
+        if not new: return -1
+        self.n += 1
+        self.seen[id(t)] = weakref.ref(t),self.n
+        return self.n
+
 # %% ../../nbs/networks/00_record.ipynb #c009e
 class _Recorder:
     "Fills a `Record` while a network runs, by two hooks that see every module"
@@ -230,7 +246,7 @@ class _Recorder:
         self.rec,self.copy,self.prints = Record(model, xb),copy,prints
         self.names = {m: n for n,m in model.named_modules()}
         self.keep = {(l.name,l.n,l.kind) for l in keep}
-        self.counts,self.tick = {},0
+        self.counts,self.tick,self.numbers = {},0,Numbers()
         self.running = []                                # [module, n, start, weak reference to the last output inside]
     def hold(self, name, n, kind, value):
         if (name,n,kind) in self.keep: self.rec.kept[name,n,kind] = Kept(value, self.copy)
@@ -241,6 +257,7 @@ class _Recorder:
         if getattr(module, 'inplace', False) is True:
             places = {_memory(t) for t in tensors(args)}
             for kept in self.rec.kept.values(): kept.hand(places)
+        self.rec.takes[self.tick] = self.numbers.of(args, new=not self.running) or {-1}      # by keyword: not seen
         self.running.append([module, n, self.tick, None])
         self.tick += 1
     def leave(self, module, args, out):
@@ -251,6 +268,7 @@ class _Recorder:
         if parent is not None: parent[3] = None if first is None else weakref.ref(first)
         same = inner is not None and first is not None and inner() is first
         outer = -1 if parent is None else parent[2]
+        self.rec.makes[start] = self.numbers.of(out)
         self.rec.calls.append(Call(module, self.names[module], n, outer, start, as_info(out), same))
         self.rec.ends.append(self.tick)
         self.tick += 1
