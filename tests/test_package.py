@@ -97,7 +97,8 @@ def test_one_place():
 
 # ---- the arrows ----
 
-order = '''networks.record networks.stages networks.names networks.taps networks.cuts networks.net networks.adapters
+order = '''networks.record networks.precision networks.stages networks.names networks.taps networks.rehearsal
+    networks.cuts networks.net networks.adapters
     companion weight loss task losses expressions
     teachers.codes teachers.tables teachers.teacher state missing
     fit.terms fit.side fit.batch fit.learned fit.columns fit.opening fit.plan fit.teaching

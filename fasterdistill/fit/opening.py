@@ -7,6 +7,7 @@ __all__ = ['compiled', 'check_learner', 'check_apart', 'sides_of', 'run_once', '
            'check_tokens', 'check_widths']
 
 # %% ../../nbs/fit/05_opening.ipynb #h002
+from contextlib import nullcontext
 import torch
 from fastai.learner import Recorder
 from fastai.torch_core import get_model
@@ -15,6 +16,7 @@ from .batch import Batch,Task
 from .columns import users_metrics
 from .side import Side,example
 from ..missing import refuse_gaps
+from ..networks.precision import autocast_of,outside,uncached
 from ..networks.record import cloned,lifted,plain,reading,rng_kept,tupled
 
 # %% ../../nbs/fit/05_opening.ipynb #o001
@@ -65,13 +67,16 @@ def check_apart(student, teacher):
 # %% ../../nbs/fit/05_opening.ipynb #o011
 def sides_of(student, teacher, xb, task, findings):
     "A `Side` for the student and for the network that teaches, None where it is not one network"
-    one = Side('student', student, xb, out=task.prediction, findings=findings.get('student'))
+    around = autocast_of(task.device) or nullcontext
+    one = Side('student', student, xb, out=task.prediction, findings=findings.get('student'), around=around,
+               settles=task.settles)
     model = teacher and teacher.model
     if model is None: return dict(student=one, teacher=None)
-    return dict(student=one, teacher=Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher')))
+    other = Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher'), around)
+    return dict(student=one, teacher=other)
 
 def run_once(who, terms, sides, teacher, ask=None):
-    "What a network says in evaluation mode, and its activations that terms read, by name"
+    "What a network says, and its activations that terms read, by name"
     side = sides[who]
     if side is None:
         with reading(*teacher.networks()): return ask(),{}
@@ -83,8 +88,10 @@ def first_batch(task, terms, sides, teacher, xb, ask_task=False):
     for t in terms: t.layers_on(sides)
     asked = any(t.needs & {'teacher_pred','fm_t'} for t in terms)
     positions = torch.arange(len(xb[0]), device=task.device)
-    batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0., idx=positions)
+    around = sides['student'].around
+    batch = Batch(task, sides, teacher, asked, around=around, xb=xb, epoch=0., pos=0., idx=positions)
     raw,maps = run_once('student', terms, sides, teacher)
+    if sides['student'].found.in_training: task.settle(raw)
     batch.know(pred=task.prediction(raw), fm_s=maps)
     if ask_task or 'task_loss' in terms.names: batch.know(task_loss=task.loss(raw))
     if batch.asked:
@@ -128,11 +135,12 @@ class Opening:
             teacher.setup(learn)
         self.task = Task(learn, output)
         xb = tuple(cloned(tupled(learn.xb)))
-        with rng_kept(*xb), torch.no_grad():
+        with rng_kept(*xb), torch.no_grad(), uncached(self.task.device):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
             batch = first_batch(self.task, terms, self.sides, teacher, xb, ask_task)
-            self._build(batch)
-            self.values = self._try(batch)
+            with outside(self.task.device):
+                self._build(batch)
+                self.values = self._try(batch)
         check_tokens(batch)
         known = vars(batch).get('task_loss')
         self.task_value = None if known is None else float(known)

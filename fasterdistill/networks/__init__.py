@@ -1,8 +1,10 @@
 "Any network, read and run without changing it"
 from .record import *
+from .precision import *
 from .stages import *
 from .names import *
 from .taps import *
+from .rehearsal import *
 from .cuts import *
 from .net import *
 from .adapters import *

@@ -16,6 +16,7 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from torch import nn
 from ..loss import DistillLoss
+from ..networks.precision import own_precision,typed
 from ..networks.record import device_of,plain,tupled
 from ..task import class_axis,task_kind
 from .codes import ClassOrder,Scale,Way,listed,stats_of
@@ -39,7 +40,8 @@ class Teacher:
     def out(self, o):
         "The prediction in what `model` returned"
         return o
-    def forward(self, xb): return self.out(self.model(*self.inp(*xb)))
+    def forward(self, xb):
+        with own_precision(self.model): return self.out(self.model(*self.inp(*xb)))
     @cached_property
     def reads(self):
         "The names that `forward` reads"
@@ -57,7 +59,11 @@ def pick(
     who='network', # What an error calls it
 ):
     "The prediction in a network's output, by default the first of a tuple or the 'logits' of a dict; else `ValueError`"
-    if callable(output): return output(o)
+    if callable(output):
+        try: return output(o)
+        except Exception as e:
+            raise ValueError(f'output= failed on what the {who} returns, {_described(o)} '
+                             f'({type(e).__name__}: {e})') from e
     if isinstance(o, torch.Tensor): return o
     try:
         if output is not None: return o[output]
@@ -157,7 +163,8 @@ class Frozen(Teacher):
 
     def inp(self, *xb):
         if self.inputs is not None: xb = self._chosen(xb)
-        xb = self.way.inp(*map(plain, xb))
+        return typed(self.model, self._resized(*self.way.inp(*map(plain, xb))))
+    def _resized(self, *xb):
         if self.size is None or tuple(xb[0].shape[-2:])==tuple(self.size): return xb
         x = F.interpolate(xb[0], self.size, mode='bilinear', align_corners=False, antialias=True)
         return x,*xb[1:]
