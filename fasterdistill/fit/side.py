@@ -154,7 +154,9 @@ def rehearsed(side, layers):
     rec = rehearse(side.model, side.given, layers.values(), _tries)
     gone = [n for n,l in layers.items() if rec.activation(l) is None]
     if gone:
-        raise ValueError(f'the layer {gone[0]!r} of {side} does not run on this batch in training '
+        n = layers[gone[0]].n
+        times = f' {n} times' if n>1 else ''
+        raise ValueError(f'the layer {gone[0]!r} of {side} does not run{times} on this batch in training '
                          f'(in none of {_tries} passes), so there is nothing to read')
     side.found.ran.update(layers)
     return rec
