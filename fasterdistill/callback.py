@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from .fit.batch import Task
 from .fit.learned import LearnedParts,check_kept,copied,kept_parts
 from .fit.opening import Opening
-from .fit.plan import Plan,a_batch,devices_kept
+from .fit.plan import Plan,a_batch,devices_kept,precision
 from .fit.teaching import Quick,Teaching,around_fit
 from .fit.terms import Terms
 from .loss import as_loss,shown
@@ -127,8 +127,7 @@ class KnowledgeDistillationCallback(Quick):
         if self.learned is not None: self.learned.leave()
 
     def before_batch(self):
-        if self.teaching.opening is None: self.teaching.open(self.take_kept())
-        self.teaching.before_batch()
+        if self.teaching.opening is None: self.teaching.kept = self.take_kept()
     def after_loss(self):
         learn,task = self.learn,self.teaching.opening.task
         if len(learn.yb): return self.teaching.step()
@@ -165,7 +164,7 @@ class KnowledgeDistillationCallback(Quick):
         if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
         terms = self.terms_of(self.loss_for(learn) if self.suits else deepcopy(self.loss))
         networks = self.teacher.networks() if self.teacher is not None else []
-        with devices_kept(networks), a_batch(learn), ExitStack() as stack:
+        with devices_kept(networks), a_batch(learn), precision(learn), ExitStack() as stack:
             parts = LearnedParts(terms.loss)
             return Plan(Opening(learn, self.teacher, terms, parts, stack, self.task_of, ask_task=True), terms)
     @property

@@ -89,11 +89,13 @@ class DistillLoss(Companion, metaclass=_LossMeta):
     layers = None    # default layers: None, 'stages', 'stages[-3:]', 'last', 'embedding', 'output', or a list of names
     min_items = 1    # smaller batches go without this term
     start = 0.       # the fraction of the fit before which it is 0, as the method has it
+    gaps = False     # whether it leaves out a pair where an activation is None, as its layer did not run
     pools = False    # whether paired maps are of one size does not matter: means over positions are compared
     _readers = dict(forward=(), build=())    # methods that read by name, and what else each may name
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if 'forward' in vars(cls) and 'gaps' not in vars(cls): cls.gaps = False
         for name,also in cls._readers.items():
             if name in vars(cls): _reads(vars(cls)[name], f'{cls.__name__}.{name}', also)
         if 'build' in vars(cls): cls.build = _once(cls.build)
@@ -283,7 +285,7 @@ def _params(f): return frozenset(inspect.signature(f).parameters)
 class FeatureLoss(DistillLoss):
     """The sum of `pair(s, t)` over matched activations of student and teacher;
     `adapter(s, t)` makes a learned module for each pair, applied to the student's."""
-    layers,adapter = 'stages',None
+    layers,adapter,gaps = 'stages',None,True
     _readers = dict(build=(), pair=('s','t','i','n'))
     def __pre_init__(self, *args, **kwargs):
         super().__pre_init__(*args, **kwargs)
@@ -311,6 +313,7 @@ class FeatureLoss(DistillLoss):
         names,n,total = _params(type(self).pair),len(fm_s),0.
         self._check(fm_s, fm_t, given.keys()-names)
         for i,(s,t) in enumerate(zip(fm_s.values(), fm_t.values(), strict=True)):
+            if s is None or t is None: continue
             if self.adapters: s = self.adapters[i](s)
             place = {k: v for k,v in (('i',i),('n',n)) if k in names}
             total = total + self.pair(s, t, **given, **place)

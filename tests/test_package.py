@@ -97,7 +97,8 @@ def test_one_place():
 
 # ---- the arrows ----
 
-order = '''networks.as_it_was networks.record networks.layouts networks.stages networks.names networks.taps
+order = '''networks.as_it_was networks.record networks.layouts networks.precision networks.stages networks.names
+    networks.taps networks.rehearsal
     networks.cuts networks.net networks.adapters
     companion weight loss task losses expressions
     teachers.codes teachers.tables teachers.teacher state missing

@@ -7,6 +7,7 @@ __all__ = ['compiled', 'check_learner', 'check_apart', 'sides_of', 'run_once', '
            'check_widths', 'Opening']
 
 # %% ../../nbs/fit/05_opening.ipynb #h002
+from contextlib import nullcontext
 import torch
 from fastai.learner import Recorder
 from fastai.torch_core import get_model
@@ -17,6 +18,7 @@ from .nonsense import check_range,doubts
 from .side import Side,example
 from ..missing import refuse_gaps
 from ..networks.as_it_was import as_it_was
+from ..networks.precision import autocast_of,outside,uncached
 from ..networks.record import cloned,lifted,plain,reading,rng_kept,tensors,tupled
 
 # %% ../../nbs/fit/05_opening.ipynb #o001
@@ -67,13 +69,16 @@ def check_apart(student, teacher):
 # %% ../../nbs/fit/05_opening.ipynb #o011
 def sides_of(student, teacher, xb, task, findings):
     "A `Side` for the student and for the network that teaches, None where it is not one network"
-    one = Side('student', student, xb, out=task.prediction, findings=findings.get('student'))
+    around = autocast_of(task.device) or nullcontext
+    one = Side('student', student, xb, out=task.prediction, findings=findings.get('student'), around=around,
+               settles=task.settles)
     model = teacher and teacher.model
     if model is None: return dict(student=one, teacher=None)
-    return dict(student=one, teacher=Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher')))
+    other = Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher'), around)
+    return dict(student=one, teacher=other)
 
 def run_once(who, terms, sides, teacher, ask=None):
-    """What a network says in evaluation mode, its activations that terms read, by name,
+    """What a network says, its activations that terms read, by name,
     and the `AsItWas` that knows what this changed of it"""
     side = sides[who]
     if side is None:
@@ -86,12 +91,14 @@ def first_batch(task, terms, sides, teacher, xb, undo, ask_task=False):
     What the teacher's own pass changes of it each step will change too: the `ExitStack` `undo` puts it back"""
     for t in terms: t.layers_on(sides)
     asked = any(t.needs & {'teacher_pred','fm_t'} for t in terms)
-    batch = Batch(task, sides, teacher, asked, xb=xb, epoch=0., pos=0.)
+    around = sides['student'].around
+    batch = Batch(task, sides, teacher, asked, around=around, xb=xb, epoch=0., pos=0.)
     raw,maps,_ = run_once('student', terms, sides, teacher)
+    if sides['student'].found.in_training: task.settle(raw)
     task.find_target(raw)
     batch.know(pred=task.prediction(raw), fm_s=maps)
     batch.know(idx=torch.arange(len(batch), device=task.device))
-    axis = task.settle(raw)
+    axis = task.find_axis(raw)
     if teacher is not None and axis is not None: teacher.classes_at(axis)
     if ask_task or 'task_loss' in terms.names: batch.know(task_loss=task.loss(raw))
     if batch.asked:
@@ -159,13 +166,14 @@ class Opening:
             stack.callback(teacher.close)
             teacher.setup(learn)
         xb = tuple(cloned(tupled(learn.xb)))
-        with rng_kept(*tensors(xb)), torch.no_grad(), as_it_was(*self.networks):
+        with rng_kept(*tensors(xb)), torch.no_grad(), uncached(self.task.device), as_it_was(*self.networks):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
             batch = first_batch(self.task, terms, self.sides, teacher, xb, stack, ask_task)
-            check_range(terms, batch)
-            self._build(batch)
-            self.values = self._try(batch)
-            self.doubts = doubts(terms, batch)           # what is odd, a sentence each
+            with outside(self.task.device):
+                check_range(terms, batch)
+                self._build(batch)
+                self.values = self._try(batch)
+                self.doubts = doubts(terms, batch)       # what is odd, a sentence each
         check_tokens(batch)
         known = vars(batch).get('task_loss')
         self.task_value = None if known is None else float(known)

@@ -80,6 +80,11 @@ class Term:
         "Whether a step of it needs the teacher's own pass"
         return bool(self.reads.get('teacher_pred') or self.reads.get('fm_t'))
     def __repr__(self): return repr(self.loss)
+    def possible(self, given):
+        "Whether it can be computed of the values `given`, where the activation of a layer that did not run is None"
+        maps = [given[name].values() for name in ('fm_s','fm_t') if name in given]
+        whole = [all(z is not None for z in pair) for pair in zip(*maps, strict=True)]
+        return all(whole) or self.loss.gaps and any(whole)
 
     def check(self, teacher):
         "`ValueError` for a teacher without what this term needs, or layers that cannot be"

@@ -155,8 +155,9 @@ class Passes:
         if self.size is None: raise ValueError(f'to resume the {self.who} it needs an example input: Net(model, x)')
         known = self.sizes.setdefault((self.size,frozenset(self.read.values())), {})
         if (new := {n: self.find(n) for n in names if n not in known}):
-            trial = Trial(self.model, self.who, xb, self.whole(new, xb), self.out, self.read)
-            known.update(trial(new))
+            with self.around():
+                trial = Trial(self.model, self.who, xb, self.whole(new, xb), self.out, self.read)
+                known.update(trial(new))
         return [known[n] for n in names]
     def whole(self, layers, xb):
         "A `Record` of the network with what `layers` return: the one at hand, or one made now"

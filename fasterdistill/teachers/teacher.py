@@ -17,6 +17,7 @@ from fastcore.foundation import L
 from torch import nn
 from ..loss import DistillLoss
 from ..networks.as_it_was import AsItWas,set_mode
+from ..networks.precision import own_precision,typed
 from ..networks.record import device_of,plain,tupled
 from ..task import class_axis,task_kind
 from .codes import ClassOrder,Scale,Way,listed,on_pictures,stats_of
@@ -41,7 +42,8 @@ class Teacher:
     def out(self, o):
         "The prediction in what `model` returned"
         return o
-    def forward(self, xb): return self.out(self.model(*self.inp(*xb)))
+    def forward(self, xb):
+        with own_precision(self.model): return self.out(self.model(*self.inp(*xb)))
     @cached_property
     def reads(self):
         "The names that `forward` reads"
@@ -59,7 +61,11 @@ def pick(
     who='network', # What an error calls it
 ):
     "The prediction in a network's output, by default the first of a tuple or the 'logits' of a dict; else `ValueError`"
-    if callable(output): return output(o)
+    if callable(output):
+        try: return output(o)
+        except Exception as e:
+            raise ValueError(f'output= failed on what the {who} returns, {_described(o)} '
+                             f'({type(e).__name__}: {e})') from e
     if isinstance(o, torch.Tensor): return o
     try:
         if output is not None: return o[output]
@@ -156,7 +162,7 @@ class Frozen(Teacher):
     def inp(self, *xb):
         if self.inputs is not None: xb = self._chosen(xb)
         xb = self.way.inp(*tupled(xb))
-        return xb if self.size is None else (on_pictures(self._resized, xb[0]),*xb[1:])
+        return typed(self.model, xb if self.size is None else (on_pictures(self._resized, xb[0]),*xb[1:]))
     def _resized(self, x):
         if tuple(x.shape[-2:])==tuple(self.size): return x
         return F.interpolate(x, self.size, mode='bilinear', align_corners=False, antialias=True)
