@@ -9,7 +9,7 @@ __all__ = ['a_batch', 'devices_kept', 'Row', 'advice', 'Plan']
 from contextlib import contextmanager
 import pandas as pd
 from ..loss import shown
-from ..networks.record import rng_kept
+from ..networks.record import device_of,rng_kept
 
 # %% ../../nbs/fit/06_plan.ipynb #p001
 @contextmanager
@@ -34,11 +34,11 @@ def a_batch(learn):
 @contextmanager
 def devices_kept(networks):
     "Networks are afterwards on the devices where they were"
-    homes = [(n, next((p.device for p in n.parameters()), None)) for n in networks]
+    homes = [(n, device_of(n)) for n in networks if any(True for _ in n.parameters())]
     try: yield
     finally:
         for n,device in homes:
-            if device is not None: n.to(device)
+            if device_of(n)!=device: n.to(device)
 
 # %% ../../nbs/fit/06_plan.ipynb #p003
 def _count(params): return sum(p.numel() for p in params)

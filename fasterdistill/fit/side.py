@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from ..networks.names import find_layer
 from ..networks.net import Net
-from ..networks.record import cloned,lifted,look,plain,reading,record,tensors
+from ..networks.record import cloned,lifted,look,ordinary,plain,reading,record,tensors
 from ..networks.stages import describe,stages
 from ..networks.taps import Taps,activations,overwritten
 
@@ -103,7 +103,7 @@ class Side:
         self.net.at(self.xb, seen=self.seen)
     def activations(self):
         "What the tapped layers returned in the ordinary pass, by name, half precision lifted"
-        return {n: lifted(self.taps[n]) for n in self.taps.layers} if self.taps else {}
+        return {n: ordinary(lifted(self.taps[n])) for n in self.taps.layers} if self.taps else {}
     def describe(self, maps):
         "The `Stage` of each of `maps` (by name); None for what is no activation"
         return {n: describe(z, self.given) if isinstance(z, torch.Tensor) else None for n,z in maps.items()}
