@@ -4,7 +4,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (KD,At,Watch,X,Y,asked,assert_same,flags,get_dls,learner,left,net,refuses,rnn,seed,state,tuples)
+from common import (KD,At,StepLosses,Watch,X,Y,asked,assert_same,flags,get_dls,learner,left,net,refuses,rnn,seed,
+                    state,tuples)
 from fastai.data.transforms import Normalize
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,MSELossFlat
 from fastai.optimizer import SGD
@@ -12,6 +13,7 @@ from torch import nn
 
 from fasterdistill.loss import DistillLoss,TaskLoss
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.logits import BinarySoftTarget,SoftTarget
 from fasterdistill.teachers.teacher import Called,Ensemble,Frozen,Teacher,as_teacher
@@ -403,3 +405,82 @@ def test_ensemble_refuses(teacher):
     (BinarySoftTarget,MSELossFlat())])
 def test_loss_that_does_not_suit(teacher, loss, loss_func):
     refuses(kind(loss_func), 'use (Logits|BinarySoftTarget|SoftTarget)', KD(teacher, loss()), teachers=[teacher])
+
+# ---- teachers that are no ordinary modules ----
+
+def exported(model):
+    from torch.export import Dim,export
+    return export(model, (X[:32],), dynamic_shapes=({0:Dim.AUTO},))
+
+def offloaded(model):
+    from accelerate import cpu_offload
+    return cpu_offload(model, execution_device='cpu')
+
+class Answers(nn.Module):
+    "What it says, as something else"
+    def __init__(self, how):
+        super().__init__()
+        self.net,self.how = net(8, s=1),how
+    def forward(self, x): return self.how(self.net(x))
+
+class Inference(Answers):
+    @torch.inference_mode()
+    def forward(self, x): return super().forward(x)
+
+def as_array(o): return o.detach().numpy()
+def as_list(o): return o.tolist()
+def asked_at(how): return lambda x: how(asked(net(8, s=1), x))
+
+kinds = dict(
+    scripted=lambda: torch.jit.script(net(8, s=1)),
+    traced=lambda: torch.jit.trace(net(8, s=1).eval(), X[:4]),
+    frozen=lambda: torch.jit.freeze(torch.jit.script(net(8, s=1).eval())),
+    program=lambda: exported(net(8, s=1).eval()),
+    module_of_a_program=lambda: exported(net(8, s=1).eval()).module(),
+    offloaded=lambda: offloaded(net(8, s=1)),
+    array=lambda: Answers(as_array), lists=lambda: Answers(as_list), inference=lambda: Inference(lambda o: o),
+    function_of_an_array=lambda: asked_at(as_array), function_of_lists=lambda: asked_at(as_list),
+    function_in_inference=lambda: torch.inference_mode()(asked_at(lambda o: o)))
+
+@pytest.mark.parametrize('kind', kinds)
+def test_no_ordinary_module(kind):
+    "Teaches as the network that it was made from"
+    def losses(teacher):
+        steps = StepLosses()
+        learn = learner(net(), get_dls(n=64), cbs=[KD(teacher, TaskLoss()+SoftTarget()),steps])
+        learn.knowledge_distillation.plan()
+        learn.fit(1)
+        return steps.vals
+    got,want = losses(kinds[kind]()),losses(net(8, s=1))
+    assert len(got)==2
+    assert got==pytest.approx(want, rel=1e-5)
+
+@pytest.mark.parametrize('make,layer', [(kinds['offloaded'],'layer2'), (kinds['inference'],'net.layer2')])
+def test_layers_of_no_ordinary_module(make, layer):
+    def value(t, layer):
+        learn = learner(net(), get_dls(n=32), cbs=KD(t, FitNet().at('layer2', layer)))
+        learn.fit(1)
+        return learn.knowledge_distillation.parts['fit_net']
+    assert value(make(), layer)==pytest.approx(value(net(8, s=1), 'layer2'))
+
+def test_an_offloaded_teacher_stays_where_it_is():
+    t = offloaded(net(8, s=1))
+    learner(net(), get_dls(n=32), cbs=KD(t, SoftTarget())).fit(1)
+    assert {p.device.type for p in t.parameters()}=={'meta'}
+    assert {b.device.type for b in t.buffers()}=={'cpu'}
+    torch.testing.assert_close(t.eval()(X[:4]), asked(net(8, s=1), X[:4]))
+
+inside = [f'net.layer{i}' for i in (1,2,3)]
+
+@pytest.mark.parametrize('make,loss,match', [
+    (kinds['scripted'], FitNet().at('layer2'), 'run as a whole, and their layers cannot be read'),
+    (kinds['program'], FitNet().at('layer2'), 'give the network that it was made from'),
+    (lambda: exported(net(8).train()), SoftTarget(), 'exported in training mode'),
+    (lambda: net(8).to('meta'), SoftTarget(), "no data in 'layer1.0.weight'"),
+    (lambda: (lambda x: None), SoftTarget(), 'returns a NoneType'),
+    (lambda: (lambda x: list(x)), SoftTarget(), 'returns 32 items: expected a tensor'),
+    (kinds['inference'], FCFD().at([n[4:] for n in inside], inside), 'forward runs under torch.inference_mode'),
+])
+def test_what_cannot_teach_is_refused(make, loss, match):
+    teacher = make()
+    refuses(learner(net(), get_dls(n=32)), match, KD(teacher, TaskLoss()+loss))

@@ -11,7 +11,7 @@ import pandas as pd,torch
 from fastai.callback.fp16 import AMPMode,MixedPrecision
 from .side import frozen
 from ..loss import shown
-from ..networks.record import rng_kept
+from ..networks.record import device_of,rng_kept
 
 # %% ../../nbs/fit/06_plan.ipynb #p001
 @contextmanager
@@ -42,11 +42,11 @@ def precision(learn):
 @contextmanager
 def devices_kept(networks):
     "Networks are afterwards on the devices where they were"
-    homes = [(n, next((p.device for p in n.parameters()), None)) for n in networks]
+    homes = [(n, device_of(n)) for n in networks if any(True for _ in n.parameters())]
     try: yield
     finally:
         for n,device in homes:
-            if device is not None: n.to(device)
+            if device_of(n)!=device: n.to(device)
 
 # %% ../../nbs/fit/06_plan.ipynb #p003
 def _count(params): return sum(p.numel() for p in params)

@@ -14,7 +14,7 @@ from ..networks.names import find_layer
 from ..networks.net import Net
 from ..networks.layouts import describe
 from ..networks.precision import has_own,outside
-from ..networks.record import cloned,device_of,look,module_by_module,reading,record,tensors,tupled
+from ..networks.record import cloned,device_of,look,module_by_module,ordinary,reading,record,tensors,tupled
 from ..networks.rehearsal import checkpointing,depend,may_learn,rehearse,without_graph
 from ..networks.stages import stages
 from ..networks.taps import Taps,activations,misread,overwritten
@@ -138,7 +138,7 @@ class Side:
         if not self.taps: return {}
         here = self.taps.store
         check_step(self, here)
-        return {n: self.taps.hand(n, here.get(n)) for n in self.taps.layers}
+        return {n: self.taps.hand(n, ordinary(here.get(n))) for n in self.taps.layers}
     def describe(self, maps):
         "The `Stage` of each of `maps` (by name); None for what is no activation"
         first = self.found.first

@@ -102,7 +102,7 @@ class Draws:
 # %% ../../nbs/networks/00_as_it_was.ipynb #w008
 def memory(t):
     "Where a tensor's numbers lie, which views of it share (0: nowhere yet); None where it has none of its own"
-    if is_lazy(t) or t.layout is not torch.strided: return None
+    if is_lazy(t) or t.is_meta or t.layout is not torch.strided: return None
     try: return t.untyped_storage().data_ptr()
     except (RuntimeError,NotImplementedError): return None           # a subclass made of other tensors
 

@@ -155,6 +155,9 @@ class Trial:
         if not isinstance(z, torch.Tensor):
             return Tried(None, (), f'{what}: it hands over a {type(z).__name__} there, not a tensor; '
                                    f'an item of it may do, as in {name+"[0]"!r}')
+        if z.is_inference():
+            return Tried(None, (), f'{what}: its forward runs under torch.inference_mode(), through which no gradient '
+                                   'comes back; under torch.no_grad() none would either: leave the decorator out')
         cut,ran = Cut(self.full.bare(), layer, as_info(z), fixed),self.behind(when)
         try: back = record(self.model, z, prints=True, run=lambda z: cut.run(self.model, z))
         except Exception as e:

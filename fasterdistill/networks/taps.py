@@ -42,9 +42,19 @@ def misread(rec, layers, x, who='network'):
     first = {name: sides.of(layers[name], z) for name,z in read.items()}
     return {name: f for name,f in first.items() if f is not None}
 
+def _runs_as_a_whole(model):
+    "Whether TorchScript or `torch.export` made it, so that no module in it is called"
+    if isinstance(model, torch.fx.GraphModule):                  # an exported program calls its guards alone
+        return all(n.op!='call_module' or n.target=='_guards_fn' for n in model.graph.nodes)
+    return isinstance(model, torch.jit.ScriptModule)
+
 def _kept(rec, name, layer, who):
     if (kept := rec.activation(layer)) is not None: return kept
     times = f' {layer.n} times' if layer.n>1 else ''
+    if _runs_as_a_whole(rec.model):
+        raise ValueError(f'the layer {name!r} of the {who} ({type(rec.model).__name__}) is not called one by one: '
+                         'TorchScript and exported programs run as a whole, and their layers cannot be read; '
+                         'give the network that it was made from, or use losses on predictions')
     raise ValueError(f'the layer {name!r} of the {who} ({type(rec.model).__name__}) does not run{times} on this batch, '
                      'so there is nothing to read')
 
