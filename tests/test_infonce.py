@@ -148,7 +148,7 @@ def test_wrong_inputs():
     s,t = features()
     with pytest.raises(ValueError, match='at least 2'): call(InfoNCE(), s[:1], t[:1])
     with pytest.raises(ValueError, match=r'\(9, 6\) and \(9, 5\).*linear layer'): call(InfoNCE(), s, t[:,:5])
-    with pytest.raises(ValueError, match=r'\(9, 6, 1, 1, 1\)'): call(InfoNCE(), s[...,None,None,None], t)
+    with pytest.raises(ValueError, match=r'\(9, 6, 1, 1, 1, 1\)'): call(InfoNCE(), s[...,None,None,None,None], t)
     with pytest.raises(ValueError, match='a tuple'): InfoNCE().build(fm_s=dict(a=(s,s)), fm_t=dict(a=t))
     for tau in (0, -1, float('nan'), float('inf'), '1', None):
         with pytest.raises(ValueError, match='positive number'): InfoNCE(tau)

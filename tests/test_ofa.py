@@ -298,7 +298,7 @@ def test_sizes_may_change(shape, others, size):
         for o in others: assert h(torch.randn(o)).shape==(o[0],7)
 
 def test_no_exit():
-    message = r'no exit from an activation of shape \(2, 3, 4, 5, 6\)'
+    message = r'no exit from an activation of shape \(2, 3, 4, 5, 6, 7\)'
     with pytest.raises(ValueError, match=message): exits([(2,3,4,5,6,7)])
     with pytest.raises(RuntimeError, match=r'OFA\(gamma=1.5\).*needs build'): OFA(gamma=1.5)(fm_s={}, **two(4, 3))
 
