@@ -38,6 +38,7 @@ from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import noop
 from fastcore.foundation import L
 from sklearn import datasets
+from test_inputs import Wrapped,data
 from torch import nn
 from written import Written,bernoulli,columns
 
@@ -58,12 +59,13 @@ def found(row, column, what='✓'): matrix.found.cells[row,column] = what
 class Task(SimpleNamespace):
     "`make(width, seed)` a network, `dls()`, `loss()`, what `kd` is by hand, and the layers losses find or are told"
     found = ['layer1','layer2','layer3']
-    told,cuts,output,lr = None,None,None,lr
+    told,cuts,output,ignore_index,lr = None,None,None,None,lr
     make = staticmethod(lambda w, s: net(w, s=s))
     taught = staticmethod(lambda t: t)                                  # the same teacher as the callback gets it
     loss = CrossEntropyLossFlat
     cbs = staticmethod(lambda: [])
     select = staticmethod(lambda o: o)
+    label = staticmethod(lambda yb: yb[0])
     def dls(self): return get_dls(shuffle=False)
     def kd(self, s, t, y, T=4.): return kl_each(s, t, T).mean()
     def pairs(self, column):
@@ -72,10 +74,11 @@ class Task(SimpleNamespace):
         return (self.cuts or self.found,)*2
     def callback(self, column, teacher, weight=None):
         t = Frozen(teacher, output=self.output) if self.output is not None else teacher
-        if column==columns[0]: return KD(t, output=self.output, **({} if weight is None else dict(weight=weight)))
+        said = dict(output=self.output, ignore_index=self.ignore_index)
+        if column==columns[0]: return KD(t, **said, **({} if weight is None else dict(weight=weight)))
         loss,told = (FitNet(),self.told) if column==columns[1] else (FCFD(),self.cuts and [self.cuts])
         if told: loss = loss.at(*told)
-        return KD(t, TaskLoss()+(loss if weight is None else weight*loss), output=self.output)
+        return KD(t, TaskLoss()+(loss if weight is None else weight*loss), **said)
 
 def fit(learn, cbs): learn.fit(2, cbs=cbs)
 
@@ -317,6 +320,32 @@ def torch_loaders():
     from torch.utils.data import DataLoader,TensorDataset
     return DataLoaders(*(DataLoader(TensorDataset(X[at], Y[at]), 32) for at in (slice(0, 96),slice(96, 160))))
 
+class DigitAndInk(nn.Module):
+    "Which digit it is, and how dark each pixel"
+    def __init__(self, w, s):
+        super().__init__()
+        self.m = net(w, s=s)
+        self.ink = nn.Conv2d(4*w, 3, 1)
+    def forward(self, x):
+        z = self.m.layer3(self.m.layer2(self.m.layer1(x)))
+        return self.m[3:](z),F.interpolate(self.ink(z), scale_factor=4)
+class Ink(DigitAndInk):
+    def forward(self, x): return super().forward(x)[1]
+class OfBoth(nn.CrossEntropyLoss):
+    def __init__(self): super().__init__(ignore_index=255)
+    def forward(self, pred, y, ink): return F.cross_entropy(pred[0], y)+super().forward(pred[1], ink)
+def own_function():
+    def f(pred, y): return F.cross_entropy(pred, y, ignore_index=255)
+    f.kind = 'single'
+    return f
+ink = (X[:160,0]>.3).long()+(X[:160,0]>.8).long()
+ink[:,:2] = 255
+def two_targets():
+    dls = tuples([TensorImage(x) for x in X[:160]], Y[:160], ink, drop_last=True)
+    dls.n_inp = 1
+    return dls
+layers = [f'm.layer{i}' for i in (1,2,3)]
+
 def first(o): return o[0] if isinstance(o, tuple) else o
 def twice_at(*layers): return list(layers),list(layers)
 
@@ -341,6 +370,15 @@ tasks = {
     'a dict as output (output=)': Task(
         make=lambda w,s: Named(net(w, s=s)), loss=OfDict, select=lambda o: o['out'], output='out',
         found=['m.layer1','m.layer2','m.layer3']),
+    'a dict as input': Task(make=lambda w,s: Wrapped(net(w, s=s), 'dict'), dls=partial(data, 'dict'), found=layers),
+    'a list of pictures as input': Task(
+        make=lambda w,s: Wrapped(net(w, s=s), 'pictures'), dls=partial(data, 'pictures'), found=layers),
+    'two heads, two targets (output=)': Task(
+        make=DigitAndInk, dls=two_targets, loss=OfBoth, kd=masked, select=lambda o: o[1], label=lambda yb: yb[1],
+        output=1, told=(layers[2:],layers[2:]), cuts=layers),
+    'an own loss function (ignore_index=)': Task(
+        make=Ink, dls=images(ink), loss=own_function, kd=masked, ignore_index=255, told=(layers[2:],layers[2:]),
+        cuts=layers),
     'plain torch DataLoaders': Task(dls=torch_loaders),
     'a teacher with other table codes': Task(taught=other_codes, **tabled),
     'a teacher with other word numbers': Task(make=classifier, taught=other_words,
