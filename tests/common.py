@@ -25,6 +25,7 @@ from fastai.torch_core import TensorImage
 from fastcore.basics import noop
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.loss import DistillLoss
@@ -112,7 +113,8 @@ def unlabelled(labels=False, valid=True, bs=32):
 class Real(Callback):
     "Batches in the type that `floating` says, whatever their loader makes"
     order = -9
-    def before_batch(self): self.learn.xb,self.learn.yb = (tuple(map(real, o)) for o in (self.xb,self.yb))
+    def before_batch(self):
+        self.learn.xb,self.learn.yb = (tree_map_only(torch.Tensor, real, tuple(o)) for o in (self.xb,self.yb))
 
 class Rounded(Callback):
     "Inputs off by as much as bfloat16 rounds them"

@@ -39,6 +39,7 @@ from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import noop
 from fastcore.foundation import L
 from sklearn import datasets
+from test_inputs import Wrapped,data
 from torch import nn
 from written import Written,bernoulli,columns
 
@@ -57,13 +58,14 @@ class Task(SimpleNamespace):
     """`make(width, seed)` a network, `dls()`, `loss()`, what `kd` is by hand, and layers: those that losses find
     by themselves; for FitNet (`told`) and FCFD (`cuts`), what `.at` is given where they find none"""
     found = ['layer1','layer2','layer3']
-    told = cuts = output = None
+    told = cuts = output = ignore_index = None
     lr = lr
     make = staticmethod(lambda w, s: net(w, s=s))
     taught = staticmethod(lambda t: t)                                  # the same teacher as the callback gets it
     loss = CrossEntropyLossFlat
     cbs = staticmethod(lambda: [])
     select = staticmethod(lambda o: o)
+    label = staticmethod(lambda yb: yb[0])
     def dls(self): return get_dls(shuffle=False)
     def kd(self, s, t, y, T=4.): return kl_each(s, t, T).mean()
     def to_find(self, column): return {columns[0]: [], columns[1]: self.found[-1:], columns[2]: self.found}[column]
@@ -74,15 +76,16 @@ class Task(SimpleNamespace):
     def refuses(self, loss):
         with floating(torch.float32):
             learn = learner(self.make(4, 0), self.dls(), loss_func=self.loss(), metrics=[], cbs=self.cbs())
-            try: KD(self.teaching(self.make(8, 1)), TaskLoss()+loss, output=self.output).plan(learn)
+            try: KD(self.teaching(self.make(8, 1)), TaskLoss()+loss, output=self.output,
+                    ignore_index=self.ignore_index).plan(learn)
             except ValueError: return True
         return False
     def teaching(self, teacher): return teacher if self.output is None else Frozen(teacher, output=self.output)
     def callback(self, column, teacher, weight=None):
-        t = self.teaching(teacher)
-        if column==columns[0]: return KD(t, output=self.output, **({} if weight is None else dict(weight=weight)))
+        t,said = self.teaching(teacher),dict(output=self.output, ignore_index=self.ignore_index)
+        if column==columns[0]: return KD(t, **said, **({} if weight is None else dict(weight=weight)))
         loss = self.term(column)
-        return KD(t, TaskLoss()+(loss if weight is None else weight*loss), output=self.output)
+        return KD(t, TaskLoss()+(loss if weight is None else weight*loss), **said)
 
 def fit(learn, cbs): learn.fit(2, cbs=cbs)
 
@@ -360,6 +363,32 @@ def torch_loaders():
     from torch.utils.data import DataLoader,TensorDataset
     return DataLoaders(*(DataLoader(TensorDataset(X[at], Y[at]), 32) for at in (slice(0, 96),slice(96, 160))))
 
+class DigitAndInk(nn.Module):
+    "Which digit it is, and how dark each pixel"
+    def __init__(self, w, s):
+        super().__init__()
+        self.m = net(w, s=s)
+        self.ink = nn.Conv2d(4*w, 3, 1)
+    def forward(self, x):
+        z = self.m.layer3(self.m.layer2(self.m.layer1(x)))
+        return self.m[3:](z),F.interpolate(self.ink(z), scale_factor=4)
+class Ink(DigitAndInk):
+    def forward(self, x): return super().forward(x)[1]
+class OfBoth(nn.CrossEntropyLoss):
+    def __init__(self): super().__init__(ignore_index=255)
+    def forward(self, pred, y, ink): return F.cross_entropy(pred[0], y)+super().forward(pred[1], ink)
+def own_function():
+    def f(pred, y): return F.cross_entropy(pred, y, ignore_index=255)
+    f.kind = 'single'
+    return f
+ink = (X[:160,0]>.3).long()+(X[:160,0]>.8).long()
+ink[:,:2] = 255
+def two_targets():
+    dls = tuples([TensorImage(x) for x in X[:160]], Y[:160], ink, drop_last=True)
+    dls.n_inp = 1
+    return dls
+layers = [f'm.layer{i}' for i in (1,2,3)]
+
 def first(o): return o[0] if isinstance(o, tuple) else o
 
 classified = dict(dls=snippets, cbs=rnn, select=first, found=['0[0]'], cuts=[['1.layers.0.1','1.layers.0']])
@@ -388,6 +417,15 @@ tasks = {
     'a dict as output (output=, for both networks)': Task(
         make=lambda w,s: Named(net(w, s=s)), loss=OfDict, select=lambda o: o['out'], output='out',
         found=['m.layer1','m.layer2','m.layer3']),
+    'a dict as input': Task(make=lambda w,s: Wrapped(net(w, s=s), 'dict'), dls=partial(data, 'dict'), found=layers),
+    'a list of pictures as input': Task(
+        make=lambda w,s: Wrapped(net(w, s=s), 'pictures'), dls=partial(data, 'pictures'), found=layers),
+    'two heads, two targets (output=)': Task(
+        make=DigitAndInk, dls=two_targets, loss=OfBoth, kd=masked, select=lambda o: o[1], label=lambda yb: yb[1],
+        output=1, told=(layers[2:],layers[2:]), cuts=layers),
+    'an own loss function (ignore_index=)': Task(
+        make=Ink, dls=images(ink), loss=own_function, kd=masked, ignore_index=255, told=(layers[2:],layers[2:]),
+        cuts=layers),
     'plain torch DataLoaders': Task(dls=torch_loaders),
     'a teacher with other table codes': Task(taught=other_codes, **tabled),
     'a teacher with other word numbers': Task(make=classifier, taught=other_words,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from common import real
 from torch import nn
+from torch.utils._pytree import tree_leaves,tree_map_only
 
 from fasterdistill.networks.net import Net
 
@@ -65,7 +66,7 @@ class Written:
         self.begins = learn.model.register_forward_pre_hook(self.begin)
         self.xb = self.key = self.shape = None
     def begin(self, model, args):
-        if not self.maps.busy: self.xb = tuple(x.as_subclass(torch.Tensor) for x in args)
+        if not self.maps.busy: self.xb = tree_map_only(torch.Tensor, lambda x: x.as_subclass(torch.Tensor), args)
     def remove(self):
         self.maps.remove()
         self.begins.remove()
@@ -91,7 +92,7 @@ class Written:
         with torch.no_grad(): t = self.task.select(self.teacher(*self.xb))
         theirs.remove()
         amp = torch.is_autocast_enabled('cpu')
-        batch = SimpleNamespace(s=plain(pred), t=plain(t), y=yb[0], fs={n: self.maps[n] for n in self.s},
+        batch = SimpleNamespace(s=plain(pred), t=plain(t), y=self.task.label(yb), fs={n: self.maps[n] for n in self.s},
                                 ft={n: theirs[n] for n in self.t})
         with torch.autocast('cpu', enabled=False): return self.distil(batch, amp)
     def soft(self, b, amp): return self.task.kd(b.s, b.t, b.y)
@@ -105,8 +106,8 @@ class Written:
                          epoch=l.epoch+l.iter/l.n_iter, xb=self.xb, target=b.y)
     def networks(self, amp):
         "Both, to be run again from their layers"
-        if self.shape!=self.xb[0].shape[1:]:
-            self.shape = self.xb[0].shape[1:]
+        if self.shape!=(shape := [x.shape[1:] for x in tree_leaves(self.xb)]):
+            self.shape = shape
             both = (self.learn.model,self.s),(self.teacher,self.t)
             self.nets = [Net(m, self.xb, n, out=self.task.select) for m,n in both]
             assert not any(n.why_not(k) for n in self.nets for k in n.layers)
