@@ -263,6 +263,7 @@ class Rows:
         return self.mean(self._of_labels(lambda y: f(self._own(y))))
     def _of_labels(self, f):
         "`f` of the labels; under a mix of both, blended"
+        if self.target is None: raise ValueError(f'{self.who} reads the labels: give it target=…')
         if self.dense: self._check_dense()
         first = f(self.target)
         if self.mix is None: return first

@@ -18,10 +18,14 @@ from fastcore.basics import noop
 from torch import nn
 
 from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,steps
+from fasterdistill.losses.cc import CC
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.logits import SoftTarget
+from fasterdistill.losses.pkt import PKT
+from fasterdistill.losses.rkd import RKD
+from fasterdistill.losses.sp import SP
 from fasterdistill.task import gather
 
 pytest.importorskip('accelerate', reason='several processes are started through Hugging Face Accelerate')
@@ -105,13 +109,17 @@ cases = dict(                                                  # loss, and callb
     which        = (lambda: TaskLoss()+.1*Which(), None),
     in_batch     = (lambda: TaskLoss()+InBatch(), None),
     alike        = (lambda: TaskLoss()+100*Alike(), None),
+    rkd          = (lambda: TaskLoss()+RKD(), None),
+    sp           = (lambda: TaskLoss()+300*SP(), None),
+    pkt          = (lambda: TaskLoss()+3000*PKT(), None),
+    cc           = (lambda: TaskLoss()+100*CC('paper'), None),
     infonce      = (lambda: TaskLoss()+Unlike(), None),
     infonce_raw  = (lambda: TaskLoss()+Unlike(tau=.01, normalize=False, symmetric=True), None),
     infonce_all  = (lambda: TaskLoss()+Unlike(symmetric=True, mask_same_class=True, learn_tau=True), None),
     alone        = (lambda: TaskLoss()+InBatch(noop), None))
 more = {f'{loss}_{name}': (cases[loss][0],cbs) for loss in ('deeper','fcfd','rare','in_batch')
         for name,cbs in dict(accumulation=accumulate, clip=clip, both=both).items()}
-learned_nothing = 'soft_target'
+learned_nothing = 'soft_target','rkd','sp','pkt','cc'
 
 def shared_batches(n):
     "Loaders for one of `n` processes: batch by batch, all together see the same items for any `n`"
@@ -206,7 +214,7 @@ def check(name, a, b):
         assert r['left']==[]
         assert r['type'] is nn.Sequential
     assert furthest(a['model'], b['model'])==furthest(a['learned'], b['learned'])==0.
-    assert bool(a['learned'])==(name!=learned_nothing)
+    assert bool(a['learned'])==(name not in learned_nothing)
     assert furthest(a['learned'], one['learned'])<1e-10
     assert furthest(a['model'], one['model'])<1e-10
     with floating(torch.float64): assert furthest(one['model'], state(net(bn=False)))>1e-3

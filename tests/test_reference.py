@@ -4,6 +4,7 @@ then runs on it."""
 import re
 from functools import partial
 from itertools import product
+from math import factorial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fasterdistill.losses.ab import AB
 from fasterdistill.losses.adjusted import AdjustedSoftTarget
 from fasterdistill.losses.answers import HardTarget,Mutual
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.cc import CC
 from fasterdistill.losses.dist import DIST
 from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.fitnet import FitNet
@@ -120,6 +122,7 @@ def labelled(v): return dict(logits(v), target=v['in_y'])
 def with_task(v): return dict(logits(v), task_loss=cross_entropy(v))
 def segmentation(v): return dict(pred=v['in_logits_student'], teacher_pred=v['in_logits_selfteacher'])
 def maps(v): return dict(fm_s=dict(a=v['in_fs']), fm_t=dict(a=v['in_ft']))
+def embedded(v): return dict(fm_s=dict(a=v['in_embed_s']), fm_t=dict(a=v['in_embed_t']))
 def swapped(v): return dict(fm_s=dict(a=v['in_ft']), fm_t=dict(a=v['in_fs']))
 def map_and_tokens(v): return dict(fm_s=dict(a=v['in_student_map']), fm_t=dict(a=v['in_teacher_tokens']))
 def pointwise(s, t): return nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
@@ -253,7 +256,7 @@ relation_refs = [rkd_ref(name, case, *args) for case in ('different_dims','maps'
 relation_refs += [
     Ref('sp', lambda v,i: SP(), maps, 'out_sp', of_fs, 'maps__'),
     Ref('pkt', lambda v,i: PKT(), maps, 'out_pkt', of_fs, 'vectors__'),
-]
+    Ref('cc', lambda v,i: CC(adapter=None), embedded, 'out_cc_repdistiller', {fm:'grad_embed_s'})]
 
 refs = [
     *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *feature_refs, *relation_refs,
@@ -552,6 +555,14 @@ def np_pkt(l, **given):
     def pair(s, t): return (t*np.log((t+1e-7)/(s+1e-7))).mean()
     return sum(pair(likely(s), likely(t)) for s,t in flat_rows(**given))
 
+def np_cc(l, **given):
+    def kernel(z):
+        cos = np.array([[(unit(a)*unit(b)).sum() for b in z] for a in z])
+        return sum(np.exp(-2*l.gamma)*(2*l.gamma*cos)**p/factorial(p) for p in range(l.P+1))
+    def neighbours(s, t): return np.mean([sum(abs(s[i]-t[i])*abs(s[i+1]-t[i+1])) for i in range(len(s)-1)])
+    if l.form=='code': return sum(neighbours(s, t) for s,t in flat_rows(**given))
+    return sum(((kernel(s)-kernel(t))**2).mean() for s,t in flat_rows(**given))
+
 def np_fitnet(l, fm_s, fm_t): return sum(np_mse(l, fm_s[k], fm_t[k]) for k in fm_s)
 
 def np_pool(z, h, w):
@@ -665,7 +676,8 @@ formulas = {
     SoftTarget:np_soft_target, BinarySoftTarget:np_binary, Logits:np_mse, Attention:np_attention, FitNet:np_fitnet,
     OFALogits:np_ofa, InfoNCE:np_infonce, DKD:np_dkd, RLD:np_rld, WTTM:np_wttm, NKD:np_nkd, DIST:np_dist,
     NST:np_nst, FSP:np_fsp, SAD:np_sad, HardTarget:np_hard, Mutual:np_mutual, WSL:np_wsl,
-    AdjustedSoftTarget:np_adjusted, SP:np_sp, PKT:np_pkt, RKD:np_rkd, AB:np_ab, OFD:np_ofd, HCL:np_hcl}
+    AdjustedSoftTarget:np_adjusted, SP:np_sp, PKT:np_pkt, RKD:np_rkd, AB:np_ab, OFD:np_ofd, HCL:np_hcl,
+    CC:np_cc}
 
 # ---- other seeds and odd shapes ----
 
@@ -751,10 +763,12 @@ derived = [
     *[(loss, inputs) for loss,inputs in product((HardTarget(),Mutual()), (odd,dense,some_logits(1, 2)))],
     *[(RKD(distance=d, angle=a), g) for d,a,g in product((0.,25.), (0.,50.), (*vectors_or_maps,unequal)) if d or a],
     *[(loss, g) for loss,g in product((SP(),PKT()), (*vectors_or_maps,unequal))],
+    *[(CC('paper', **k), g) for k,g in product(({},dict(gamma=1., P=4)), (*vectors_or_maps,unequal))],
+    (CC(adapter=None), even_maps),
     (DKD(), labelled_logits(1, 2)), (DKD(T=2.), labelled_logits(4, 5, 3, 2)),
     (OFALogits(gamma=1.4), labelled_logits(1, 2)), (OFALogits(gamma=1.4, T=2.), labelled_logits(4, 5, 3, 2))]
 
-without_gradient = WSL,AdjustedSoftTarget   # they weigh by numbers without gradient, which the formula fixes `at`
+without_gradient = WSL,AdjustedSoftTarget      # they weigh by numbers without gradient, which the formula fixes `at`
 
 def name(o):
     if isinstance(o, nn.Module): return repr(o).replace(' ', '')
@@ -1020,6 +1034,21 @@ refused = [
     (FitNet(adapter=None), dict(fm_s=dict(a=z(2, 4, 8, 8), b=z(2, 4)), fm_t=dict(a=z(2, 4, 8, 8))),
      r"pairs 2 .*'a', 'b'.* with 1 "),
     (Attention(), dict(fm_s=dict(a=z(2, 35, 6)), fm_t=dict(a=z(2, 6, 4, 4))), r'\(2, 35, 6\).*without a grid')]
+
+def soft(*shape, **kwargs): return dict(both(*shape), target=z(*shape).softmax(1), **kwargs)
+def hard(*shape, **kwargs): return dict(both(*shape), target=torch.zeros(shape[0], *shape[2:]).long(), **kwargs)
+two_labels = (torch.zeros(6).long(),torch.rand(6))
+by_class = DKD(),NKD(),RLD(),AdjustedSoftTarget()
+on_logits = *by_class,WSL(),DIST(),WTTM(),HardTarget(),Mutual()
+refused += [
+    *[(l, soft(6, 4), r'needs one class an item, \(B,\) integers') for l in (DKD(),RLD(),AdjustedSoftTarget())],
+    *[(l, dict(both(6, 4), target=torch.rand(6)), 'one class an item|a class for each item')
+      for l in (*by_class,WSL())],
+    (AdjustedSoftTarget(), hard(6, 4, mix=two_labels), 'under MixUp and CutMix an item has two'),
+    *[(l, hard(6, 4, 5, 5, mix=two_labels), 'without MixUp and CutMix') for l in (DKD(),NKD(),RLD(),WSL())],
+    *[(l, hard(6, 4, criterion=c), f'use {n}') for l,(c,n) in product(
+        on_logits, ((MSELossFlat(),'Logits'), (BCEWithLogitsLossFlat(),'BinarySoftTarget')))],
+    *[(l, dict(hard(6, 4), teacher_pred=z(6, 5)), 'same classes are expected') for l in on_logits]]
 
 def said(o):
     if isinstance(o, str): return o
