@@ -1,5 +1,5 @@
-"""Maps before their activation, where losses ask for those of every stage: on torchvision's and timm's ResNets, whose sums
-of two branches go into a ReLU that works in place and may be shared, in a fit."""
+"""Maps before their activation, where losses ask for those of every stage: on torchvision's and timm's ResNets, whose
+sums of two branches go into a ReLU that works in place and may be shared, in a fit."""
 import pytest
 import timm
 import torch

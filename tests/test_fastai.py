@@ -422,10 +422,9 @@ tasks = {
         make=lambda w,s: Wrapped(net(w, s=s), 'pictures'), dls=partial(data, 'pictures'), found=layers),
     'two heads, two targets (output=)': Task(
         make=DigitAndInk, dls=two_targets, loss=OfBoth, kd=masked, select=lambda o: o[1], label=lambda yb: yb[1],
-        output=1, told=(layers[2:],layers[2:]), cuts=layers),
+        output=1, found=layers),
     'an own loss function (ignore_index=)': Task(
-        make=Ink, dls=images(ink), loss=own_function, kd=masked, ignore_index=255, told=(layers[2:],layers[2:]),
-        cuts=layers),
+        make=Ink, dls=images(ink), loss=own_function, kd=masked, ignore_index=255, found=layers),
     'plain torch DataLoaders': Task(dls=torch_loaders),
     'a teacher with other table codes': Task(taught=other_codes, **tabled),
     'a teacher with other word numbers': Task(make=classifier, taught=other_words,

@@ -67,7 +67,7 @@ class OFD(FeatureLoss):
     differences to the map lifted to a margin, summed over an item's neurons, without those where the student is below a
     target that is not positive. Pairs of maps before their activation, `(B,C,H,W)`, channels last or tokens with a
     grid, to a scalar: the sum over the pairs, of which the last counts 1 and each one before it half as much as the
-    next. The larger map is average-pooled. Margins come from the teacher's BatchNorms; `ValueError` where there is none.
+    next. The larger map is average-pooled. Margins come from the teacher's BatchNorms; `ValueError` if there is none.
     A weight of about .001 goes with it. Heo et al., ICCV 2019."""
     layers = 'stages:pre'
     def __init__(self,
