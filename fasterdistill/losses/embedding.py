@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.stages import describe,pooled
+from ..networks.layouts import describe,pooled
 
 # %% ../../nbs/losses/35_embedding.ipynb #c009
 class Projector(nn.Module):

@@ -10,7 +10,7 @@ from fastcore.basics import store_attr
 from ..loss import FeatureLoss
 from ..networks.adapters import regressor
 from ..networks.record import plain
-from ..networks.stages import to_map
+from ..networks.layouts import to_map
 
 # %% ../../nbs/losses/36_wkd.ipynb #c009
 def windows(
