@@ -242,8 +242,7 @@ feature_refs = [
     *[Ref('reviewkd', lambda v,i: HCL(), maps, 'out_hcl', of_fs, f'hcl{n}__', id=f'reviewkd-hcl{n}')
       for n in (8,4,2,1)],
     Ref('reviewkd', lambda v,i: ReviewKD(mid=int(v['par_mid_channels'])), levels, 'out_total',
-        grads_of(fusions, 4, 'grad_student_{i}'),
-        par=fusions),
+        grads_of(fusions, 4, 'grad_student_{i}'), par=fusions),
     Ref('ab', lambda v,i: AB(margin=float(v['par_margin'][i]), adapter=None), three, 'out_ab', case='plain__'),
     Ref('ab', lambda v,i: AB(), three, 'out_ab', grads_of(connectors, 3), 'connector__', connectors, id='ab-connector'),
     Ref('ofd', lambda v,i: OFD(margins=teachers_margins(), adapter=None), three, 'out_ofd', grads_of({}, 3), 'plain__'),
