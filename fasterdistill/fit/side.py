@@ -13,6 +13,7 @@ from ..networks.net import Net
 from ..networks.record import cloned,lifted,look,ordinary,plain,reading,record,tensors
 from ..networks.stages import describe,stages
 from ..networks.taps import Taps,activations,overwritten
+from ..teachers.teacher import run_teacher
 
 # %% ../../nbs/fit/01_side.ipynb #s001
 def fingerprint(model, xb):
@@ -76,7 +77,7 @@ class Side:
     @property
     def rec(self):
         "The order of its calls, a `Record`"
-        if self.found.rec is None: self.found.rec = look(self.model, self.given).bare()
+        if self.found.rec is None: self.found.rec = self.run(lambda: look(self.model, self.given)).bare()
         return self.found.rec
     @property
     def stages(self):
@@ -90,9 +91,10 @@ class Side:
         except ValueError: known[name] = find_layer(self.model, name, self.given, self.rec, self.who)
         return known[name]
 
-    def run(self):
-        "The network's own pass on the batch it is at: what it returns"
-        return self.model(*self.given)
+    def run(self, run=None):
+        "The network's own pass on the batch it is at, or what `run()` makes of it; an error of a teacher's says so"
+        if self.who=='teacher': return run_teacher(self.model, self.given, run)
+        return self.model(*self.given) if run is None else run()
     def tap(self, layers):
         "Tap `layers` (by name), of which the findings say whether they are overwritten"
         copies = [n for n in layers if self.found.copies[n]]
