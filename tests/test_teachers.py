@@ -484,3 +484,22 @@ inside = [f'net.layer{i}' for i in (1,2,3)]
 def test_what_cannot_teach_is_refused(make, loss, match):
     teacher = make()
     refuses(learner(net(), get_dls(n=32)), match, KD(teacher, TaskLoss()+loss))
+
+# ---- what goes wrong inside a teacher's own forward ----
+
+class Wants(nn.Module):
+    "Takes pictures of three channels and 16 pixels"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.fc = nn.Conv2d(3, 4, 4, 4),nn.Linear(64, 10)
+    def forward(self, x): return self.fc(self.conv(x).flatten(1))
+
+@pytest.mark.parametrize('make,loss', [(lambda: Wants(), SoftTarget()), (lambda: Wants(), FitNet()),
+                                       (lambda: [net(8), Wants()], SoftTarget())])
+def test_an_error_of_the_teachers_own(make, loss):
+    match = r'(?s)the teacher \(Wants\) failed in its own forward, given \(32, 1, 8, 8\).*3 channels.*size=.*inputs='
+    refuses(learner(net(), get_dls(n=32)), match, KD(make(), loss), error=RuntimeError)
+
+def test_what_the_error_offers_helps():
+    t = Frozen(Wants(), size=16, inputs=lambda x: x.expand(-1,3,-1,-1))
+    learner(net(), get_dls(n=32), cbs=KD(t, SoftTarget())).fit(1)

@@ -18,6 +18,7 @@ from ..networks.record import cloned,device_of,look,module_by_module,ordinary,re
 from ..networks.rehearsal import checkpointing,depend,may_learn,rehearse,without_graph
 from ..networks.stages import stages
 from ..networks.taps import Taps,activations,misread,overwritten
+from ..teachers.teacher import run_teacher
 
 # %% ../../nbs/fit/01_side.ipynb #s001
 def fingerprint(model, xb, around=nullcontext):
@@ -101,8 +102,7 @@ class Side:
     @property
     def rec(self):
         "The order of its calls, a `Record`"
-        if self.found.rec is None:
-            with self.within(): self.found.rec = look(self.model, self.given).bare()
+        if self.found.rec is None: self.found.rec = self.run(lambda: look(self.model, self.given)).bare()
         return self.found.rec
     @property
     def stages(self):
@@ -120,10 +120,12 @@ class Side:
                 known[name] = find_layer(self.model, name, self.given, rehearse(self.model, self.given), self.who)
         return known[name]
 
-    def run(self):
-        "The network's own pass on the batch it is at: what it returns"
+    def run(self, run=None):
+        "The network's own pass on the batch it is at, or what `run()` makes of it; an error of a teacher's says so"
         paths = module_by_module() if self.taps else nullcontext()
-        with paths, self.within(): return self.model(*self.given)
+        with paths, self.within():
+            if not self.learns: return run_teacher(self.model, self.given, run)
+            return self.model(*self.given) if run is None else run()
     def tap(self, layers):
         "Tap `layers` (by name), of which the findings say whether they are overwritten"
         copies = [n for n in layers if self.found.copies[n]]

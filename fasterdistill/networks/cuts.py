@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from fastcore.basics import store_attr
 from torch.utils._pytree import tree_map
-from .record import Info,as_info,as_pictures,each,lifted,reading,record
+from .record import Info,as_info,as_pictures,each,lifted,place_of,reading,record
 from .taps import item_of
 
 # %% ../../nbs/networks/04_cuts.ipynb #c013
@@ -77,7 +77,7 @@ class Cut:
         "What modules answer in a resumed pass, `{module: [f(own forward, args, kwargs), …]}`"
         def blank(out): return lambda own, args, kwargs: blanks(out)
         def put(own, args, kwargs):
-            if self.layer.kind=='in': return own(z, *args[1:], **kwargs)
+            if self.layer.kind=='in': return _own_with(self.call.module, own, args, kwargs, self.layer.arg, z)
             return z if self.layer.item is None else _replaced(blanks(self.call.out), self.layer.item, z)
         res = {m: [blank(out) for out in outs] for m,outs in self.before.items()}
         res.setdefault(self.call.module, []).append(put)
@@ -92,6 +92,13 @@ class Cut:
             return model(*map(blanks.given, self.rec.xb))
         finally:
             for f in forwards: f.back()
+
+def _own_with(module, own, args, kwargs, arg, z):
+    "What a module's `own` forward returns with `z` in the place of its input `arg`"
+    place = place_of(module, args, kwargs, arg)
+    if isinstance(place, str): return own(*args, **{**kwargs, place: z})
+    i = place or 0
+    return own(*args[:i], z, *args[i+1:], **kwargs)
 
 def _replaced(o, item, z):
     "The tuple, list or dict `o` with `z` at `item`"

@@ -8,6 +8,7 @@ __all__ = ['Layer', 'find_layer', 'match_stages', 'no_stages', 'pair_layers']
 # %% ../../nbs/networks/02_names.ipynb #h002
 import difflib,re
 from functools import cached_property
+from inspect import signature
 from typing import NamedTuple
 from fastcore.basics import store_attr
 from torch import nn
@@ -21,8 +22,10 @@ class Layer(NamedTuple):
     kind: str        # 'out', what the module returns, or 'in', what goes into it
     n: int           # Which of the module's calls, from 1
     item: str | None # Index or key, where that is a tuple, a list or a dict
+    arg: str | None = None # Of 'in' which input, by its position or name; the first if left out
 
-_pattern = re.compile(r'^(?P<path>[^:#\[\]]*)(?:#(?P<n>\d+))?(?:\[(?P<item>[^\]]+)\])?(?::(?P<kind>in|pre))?$')
+_pattern = re.compile(r'^(?P<path>[^:#\[\]]*)(?:#(?P<n>\d+))?(?:\[(?P<item>[^\]]+)\])?'
+                      r'(?::(?P<kind>in|pre)(?:(?<=in)\[(?P<arg>\w+)\])?)?$')
 
 def _written(name):
     "The parts of a name as it is written, its kind perhaps 'pre'; `ValueError` if it is no name of a layer"
@@ -30,7 +33,7 @@ def _written(name):
     if m is None:
         raise ValueError(f"{name!r} is no name of a layer: expected something like "
                          "'layer3', 'fc:in', 'neck[2]', 'stage2' or 'embedding'")
-    return Layer(m['path'], m['kind'] or 'out', int(m['n'] or 1), m['item'])
+    return Layer(m['path'], m['kind'] or 'out', int(m['n'] or 1), m['item'], m['arg'])
 
 # %% ../../nbs/networks/02_names.ipynb #c023b
 class Asked:
@@ -43,7 +46,8 @@ class Asked:
         who='network' # What to call it in messages
     ):
         store_attr()
-        self.modules = [n for n,_ in model.named_modules()]
+        own = {m: n for n,m in model.named_modules()}    # of a module with several names the one that records use
+        self.modules = {n: own[m] for n,m in model.named_modules(remove_duplicate=False)}
         self.called = f'the {who} ({type(model).__name__})'
 
     def run(self):
@@ -63,9 +67,9 @@ class Asked:
     def module(self, path):
         "The full path of the module that `path` means, None if none; `ValueError` if it could be several"
         for o in (path, path.removeprefix('model.')):
-            if o and o in self.modules: return o
+            if o and o in self.modules: return self.modules[o]
         if path=='output': return ''
-        ends = [o for o in self.modules if o.endswith('.'+path)]
+        ends = list(dict.fromkeys(own for o,own in self.modules.items() if o.endswith('.'+path)))
         if len(ends)>1:
             some = ', '.join(map(repr, ends[:5]))
             raise ValueError(f"{self.name!r} could be any of {some} in {self.called}: write one of them")
@@ -106,7 +110,7 @@ def _unknown(asked):
         rec = asked.run()
         return ValueError(no_stages(asked.called, rec, rec.xb if asked.x is None else asked.x))
     children = [o for o,_ in asked.model.named_children()]
-    near = _nearest(name, asked.modules[1:]) or children[:5]
+    near = _nearest(name, [*asked.modules][1:]) or children[:5]
     near = ', '.join(map(repr, near)) or 'none, it has no named layers'
     return ValueError(f"{asked.called} has no layer {name!r}; nearest: {near}")
 
@@ -137,9 +141,17 @@ def _alias(asked, parts):
     found = asked.embedding() if parts.name=='embedding' else asked.end_of_stage(parts.name)
     if found is None: raise _unknown(asked)
     found = found._replace(item=parts.item or found.item)
-    if found.kind=='out': return found._replace(kind=parts.kind)
+    if found.kind=='out': return found._replace(kind=parts.kind, arg=parts.arg)
     if parts.kind!='out': raise ValueError(f"{parts.name!r} is an input already: write it without ':{parts.kind}'")
     return found
+
+def _check_input(asked, layer):
+    "`ValueError` where the module of a layer takes no input that is called so"
+    params = signature(asked.model.get_submodule(layer.name).forward).parameters
+    if any(p.kind in (p.VAR_POSITIONAL,p.VAR_KEYWORD) for p in params.values()): return
+    if layer.arg in params or layer.arg.isdigit() and int(layer.arg)<len(params): return
+    takes = ', '.join(f'{name!r} ([{i}])' for i,name in enumerate(params))
+    raise ValueError(f'{asked.name!r}: {layer.name!r} of {asked.called} takes no input {layer.arg!r}; it takes {takes}')
 
 def find_layer(
     model,        # The network
@@ -153,6 +165,7 @@ def find_layer(
     asked = Asked(model, name, x, rec, who)
     path = asked.module(parts.name)
     layer = _alias(asked, parts) if path is None else parts._replace(name=path)
+    if layer.arg is not None: _check_input(asked, layer)
     return _before_activation(asked, layer.name, layer.n) if layer.kind=='pre' else layer
 
 # %% ../../nbs/networks/02_names.ipynb #c028

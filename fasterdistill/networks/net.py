@@ -231,5 +231,7 @@ def unhook(*models):
     "Take off every hook of ours, and every `forward` that a pass left behind"
     for m in {m for model in models for m in model.modules()}:
         for hooks in (m._forward_hooks,m._forward_pre_hooks):
-            for k in [k for k,h in hooks.items() if isinstance(h, Hook)]: hooks.pop(k, None)
+            for k in [k for k,h in hooks.items() if isinstance(h, Hook)]:
+                hooks.pop(k, None)
+                m._forward_pre_hooks_with_kwargs.pop(k, None)
         if isinstance(f := vars(m).get('forward'), Forward): f.back()

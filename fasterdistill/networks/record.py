@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['Call', 'Info', 'plain', 'each', 'tupled', 'cloned', 'detached', 'lifted', 'ordinary', 'tensors', 'first_tensor',
            'device_of', 'shapes', 'as_pictures', 'n_items', 'eager', 'stance_kept', 'module_by_module', 'rng_kept',
-           'reading', 'as_info', 'Record', 'Kept', 'record', 'look']
+           'reading', 'as_info', 'Record', 'Kept', 'place_of', 'input_of', 'record', 'look']
 
 # %% ../../nbs/networks/00_record.ipynb #h002
 import random,sys,weakref
 from collections import namedtuple
 from contextlib import contextmanager,nullcontext
 from copy import copy
+from functools import lru_cache
+from inspect import signature
 import numpy as np,torch
 from torch.nn.modules.module import register_module_forward_hook,register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten,tree_leaves,tree_map,tree_unflatten
@@ -184,7 +186,7 @@ class Record:
         return call.start if layer.kind=='in' else self.end(call)
     def activation(self, layer):
         "The `Kept` activation of a `Layer`, or None where it did not run or was not asked for"
-        return self.kept.get((layer.name,layer.n,layer.kind))
+        return self.kept.get((layer.name,layer.n,layer.kind,layer.arg))
     def bare(self):
         "A copy without any tensor"
         res = copy(self)
@@ -254,21 +256,55 @@ class Numbers:
         self.seen[id(t)] = weakref.ref(t),self.n
         return self.n
 
+# %% ../../nbs/networks/00_record.ipynb #c109p
+@lru_cache
+def _named(kind):
+    "The names of what a module of this class can be given"
+    return list(signature(kind.forward).parameters)[1:]
+
+def place_of(module,
+    args,      # What a module was given by position
+    kwargs,    # and by name
+    arg=None,  # Which input is meant: a position, a name; the first if left out
+):
+    "Where an input of a call stands, a position in `args` or a key of `kwargs`; None where it was not given"
+    names = _named(type(module))
+    if arg is None: arg = '0' if args else next((n for n in names if n in kwargs), next(iter(kwargs), ''))
+    if arg.isdigit() and int(arg)>=len(args): arg = names[int(arg)] if int(arg)<len(names) else ''
+    i = int(arg) if arg.isdigit() else names.index(arg) if arg in names else len(args)
+    if arg in kwargs: return arg
+    return i if i<len(args) else None
+
+def input_of(module, args, kwargs, arg=None):
+    "What a module was given as its input `arg`, None where nothing was"
+    place = place_of(module, args, kwargs, arg)
+    if place is None: return None
+    return kwargs[place] if isinstance(place, str) else args[place]
+
 # %% ../../nbs/networks/00_record.ipynb #c009e
 class _Recorder:
     "Fills a `Record` while a network runs, by two hooks that see every module"
     def __init__(self, model, xb, keep, copy, prints):
         self.rec,self.copy,self.prints = Record(model, xb),copy,prints
         self.names = {m: n for n,m in model.named_modules()}
-        self.keep = {(l.name,l.n,l.kind) for l in keep}
+        self.keep = {}
+        for l in keep: self.keep.setdefault((l.name,l.n,l.kind), set()).add(l.arg)
         self.counts,self.tick,self.numbers = {},0,Numbers()
         self.running = []                                # [module, n, start, weak reference to the last output inside]
     def hold(self, name, n, kind, value):
-        if (name,n,kind) in self.keep: self.rec.kept[name,n,kind] = Kept(value, self.copy)
+        "Keep what `value(arg)` says for each `arg` asked for"
+        for arg in self.keep.get((name,n,kind), ()): self.rec.kept[name,n,kind,arg] = Kept(value(arg), self.copy)
+    def given(self, module, args, kwargs):
+        name,n = self.names[module],self.counts[module]
+        self.hold(name, n, 'in', lambda arg: input_of(module, args, kwargs, arg))
+    def hooks(self):
+        "The hooks, put on: global ones are not told what is given by name"
+        inputs = {name for name,_,kind in self.keep if kind=='in'}
+        own = [m.register_forward_pre_hook(self.given, with_kwargs=True) for m,n in self.names.items() if n in inputs]
+        return [register_module_forward_pre_hook(self.enter),register_module_forward_hook(self.leave),*own]
     def enter(self, module, args):
         if module not in self.names: return
         n = self.counts[module] = self.counts.get(module, 0)+1
-        self.hold(self.names[module], n, 'in', args[0] if args else None)
         if getattr(module, 'inplace', False) is True:
             places = {_memory(t) for t in tensors(args)}
             for kept in self.rec.kept.values(): kept.hand(places)
@@ -289,7 +325,7 @@ class _Recorder:
         self.tick += 1
         if module is self.rec.model: self.rec.raw = out
         if self.prints: self.rec.prints.append(_prints(out))
-        self.hold(self.names[module], n, 'out', out)
+        self.hold(self.names[module], n, 'out', lambda arg: out)
 
 # %% ../../nbs/networks/00_record.ipynb #c009c
 def record(model, *xb,
@@ -300,7 +336,7 @@ def record(model, *xb,
 ):
     "Run `model` on `xb` in its present mode and note every module call, as a `Record`"
     notes = _Recorder(model, xb, keep, copy, prints)
-    handles = register_module_forward_pre_hook(notes.enter),register_module_forward_hook(notes.leave)
+    handles = notes.hooks()
     try: notes.rec.result = (run or model)(*xb)
     finally:
         for h in handles: h.remove()

@@ -97,7 +97,7 @@ def depend(model, x, layers, tries=1):
     was = values()
     with _moved([p for p in model.parameters() if p.requires_grad]): now = values()
     def same(layer):
-        pairs = zip(*(tensors(o.get((layer.name,layer.n,layer.kind))) for o in (was,now)), strict=True)
+        pairs = zip(*(tensors(o.get((layer.name,layer.n,layer.kind,layer.arg))) for o in (was,now)), strict=True)
         return all(torch.allclose(a, b, 1e-3, 1e-3*a.abs().max().item()) for a,b in pairs if a.is_floating_point())
     return [name for name,layer in layers.items() if not same(layer)]
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager,nullcontext
 import torch
 from .names import find_layer
 from .layouts import Sides,told
-from .record import lifted,look
+from .record import input_of,lifted,look
 
 # %% ../../nbs/networks/03_taps.ipynb #c005
 def item_of(o, item, name):
@@ -28,7 +28,11 @@ def _has(o):
 # %% ../../nbs/networks/03_taps.ipynb #c005g
 def activations(rec, layers, who='network'):
     "What `layers` (by name) returned in the recorded pass, by name; `ValueError` for one that did not run"
-    return {name: item_of(_kept(rec, name, l, who).value, l.item, name) for name,l in layers.items()}
+    res = {name: item_of(_kept(rec, name, l, who).value, l.item, name) for name,l in layers.items()}
+    absent = next((name for name,l in layers.items() if l.kind=='in' and res[name] is None), None)
+    if absent is None: return res
+    raise ValueError(f'{absent!r} of the {who} ({type(rec.model).__name__}): that input is None or not given on this '
+                     'batch, so there is nothing to read')
 
 def overwritten(rec, layers, who='network'):
     "The names of `layers` whose activation is written into later in the pass; `ValueError` for one that did not run"
@@ -64,8 +68,8 @@ class Hook:
     def __init__(self, taps, place): self.taps,self.place = taps,place
     def __call__(self, module, args, out=None):
         if self.taps is None or not self.taps.on: return
-        given = args[0] if args else None
-        self.taps.see(self.place, out if self.place[1]=='out' else given)
+        if self.place[1]=='out': self.taps.see(self.place, lambda layer: out)
+        else: self.taps.see(self.place, lambda layer: input_of(module, args, out, layer.arg))  # `out`: by name
     def __deepcopy__(self, memo): return Hook(None, self.place)
     def __reduce__(self): return getattr,(nullcontext(),'__exit__')
 
@@ -92,17 +96,19 @@ class Taps:
         modules = dict(model.named_modules())
         self.hooks = [(modules[place[0]], Hook(self, place)) for place in self.wanted]
     def see(self, place, value):
-        "Keep what a module was given or returned, where this call is asked for"
+        "Keep what `value(layer)` says a module was given or returned, where this call is asked for"
         n = self.counts[place] = self.counts.get(place, 0)+1
         for name in self.wanted[place].get(n, ()):
-            z = item_of(value, self.layers[name].item, name)
+            layer = self.layers[name]
+            z = item_of(value(layer), layer.item, name)
             self.store[name] = z.clone() if name in self.copies else z
     def attach(self):
         "Put the hooks on; the same functions every time, so that a compiled network is not compiled anew"
         if self.handles: return self
         for module,hook in self.hooks:
-            put = module.register_forward_pre_hook if hook.place[1]=='in' else module.register_forward_hook
-            self.handles.append(put(hook))
+            if hook.place[1]=='in': handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            else: handle = module.register_forward_hook(hook)
+            self.handles.append(handle)
         return self
     def remove(self):
         "Take the hooks off"
