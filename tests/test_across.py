@@ -11,8 +11,12 @@ from torch import nn
 
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.answers import HardTarget
+from fasterdistill.losses.cc import CC
 from fasterdistill.losses.infonce import InfoNCE
 from fasterdistill.losses.ofa import OFA
+from fasterdistill.losses.pkt import PKT
+from fasterdistill.losses.rkd import RKD
+from fasterdistill.losses.sp import SP
 from fasterdistill.losses.tas import TAS
 
 timm = pytest.importorskip('timm')
@@ -36,7 +40,8 @@ students = dict(
     DeiT=timms('deit_tiny_distilled_patch16_224', depth=4, num_heads=2, **tokens),
     Swin=swin,
     ResMLP=partial(MlpMixer, num_blocks=4, mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine, **tokens))
-methods = dict(OFA=OFA, InfoNCE=InfoNCE, TAS=TAS)
+methods = dict(OFA=OFA, InfoNCE=InfoNCE, TAS=TAS, RKD=RKD, SP=SP, PKT=PKT, CC=CC)
+meet_without_parts = 'InfoNCE','RKD','SP','PKT'          # of equal widths the first, of any the others
 
 pairs = [pytest.param(t, s, id=f'{t}-{s}', marks=[pytest.mark.slow]*bool((i+j)%4))
          for i,t in enumerate(teachers) for j,s in enumerate(students)]
@@ -77,7 +82,7 @@ def test_three_steps(teacher, student, method):
     assert left(learn, t)==[]
     assert all(torch.equal(v, was[k]) for k,v in t.state_dict().items())
     assert any(not torch.equal(a, b) for a,b in zip(s.parameters(), start.parameters(), strict=True))
-    assert [*kd.loss.parameters()] or method=='InfoNCE'
+    assert [*kd.loss.parameters()] or method in meet_without_parts
 
 def test_distillation_token():
     "The teacher's class goes to the second answer of timm's DeiT alone, the label to the first"
