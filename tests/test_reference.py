@@ -192,8 +192,8 @@ feature_refs = [
     Ref('wkd', means, maps, 'out_mean', id='wkd-mean'),
     *[Ref('reviewkd', lambda v,i: HCL(), maps, 'out_hcl', of_fs, f'hcl{n}__', id=f'reviewkd-hcl{n}')
       for n in (8,4,2,1)],
-    Ref('reviewkd', lambda v,i: ReviewKD(mid=int(v['par_mid_channels'])), levels, 'out_total', grads_of(fusions, 4, 'grad_student_{i}'),
-        par=fusions),
+    Ref('reviewkd', lambda v,i: ReviewKD(mid=int(v['par_mid_channels'])), levels, 'out_total',
+        grads_of(fusions, 4, 'grad_student_{i}'), par=fusions),
     Ref('ab', lambda v,i: AB(margin=float(v['par_margin'][i]), adapter=None), three, 'out_ab', case='plain__'),
     Ref('ab', lambda v,i: AB(), three, 'out_ab', grads_of(connectors, 3), 'connector__', connectors, id='ab-connector'),
     Ref('ofd', lambda v,i: OFD(margins=teachers_margins(), adapter=None), three, 'out_ofd', grads_of({}, 3), 'plain__'),
@@ -685,7 +685,7 @@ def test_derived_with_parts(make, inputs, seed):
     close(v32, want, 2e-5)
     largest = max(np.abs(g).max() for g in grads.values())
     for k,g in grads.items():
-        if np.abs(g).max()<1e-12*largest: assert np.abs(grads32[k]).max()<1e-4*largest    # 0, as of what a norm takes off
+        if np.abs(g).max()<1e-12*largest: assert np.abs(grads32[k]).max()<1e-4*largest   # 0: what a norm takes off
         else: close_grad(grads32[k], g, 1e-4)
     of_maps = {k: g for k,g in grads.items() if isinstance(k, tuple)}
     of_parts = {k: g for k,g in grads.items() if k not in of_maps}

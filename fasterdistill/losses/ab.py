@@ -23,10 +23,10 @@ def connector_between(s, t, xb=None):
 # %% ../../nbs/losses/25_ab.ipynb #c012
 class ActivationBoundaries(FeatureLoss):
     """Agree with the teacher on which neurons are on: the squared distance of each to a margin beyond the boundary, on
-    the teacher's side, summed over an item's neurons. Pairs of maps before their activation, `(B,C,H,W)`, channels last
-    or tokens with a grid, to a scalar: the sum over the pairs, of which the last counts 1 and each one before it half as
-    much as the next. The larger map of a pair is average-pooled. `ValueError` for unequal widths with `adapter=None`.
-    A weight of about .003 goes with it. Heo et al., AAAI 2019."""
+    the teacher's side, summed over an item's neurons. Pairs of maps before their activation, `(B,C,H,W)`, channels
+    last or tokens with a grid, to a scalar: the sum over the pairs, of which the last counts 1 and each one before it
+    half as much as the next. The larger map of a pair is average-pooled. `ValueError` for unequal widths with
+    `adapter=None`. A weight of about .003 goes with it. Heo et al., AAAI 2019."""
     layers = 'stages:pre'
     def __init__(self,
         margin:float=1.,           # How far beyond the boundary is enough
