@@ -13,7 +13,8 @@ from torch import fx,nn
 from ..loss import FeatureLoss
 from ..networks.names import find_layer
 from ..networks.record import device_of,look,plain
-from ..networks.stages import pooled,same_size,stages
+from ..networks.layouts import pooled,same_size
+from ..networks.stages import stages
 
 # %% ../../nbs/losses/28_simkd.ipynb #c008a
 class _Tracer(fx.Tracer):
