@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import GetAttr
 from .networks.record import lifted,plain
-from .task import class_axis,ignored_label,task_kind,told
+from .task import class_axis,ignored_label,stated,task_kind
 from .teachers.teacher import task_criterion
 
 # %% ../nbs/05_missing.ipynb #c006
@@ -61,7 +61,7 @@ def _by_item(pred, yb, holes):
 def _refuse_places(criterion, metrics):
     "`ValueError` for what tells outputs apart by their place, which labels taken one by one no longer have"
     for name in ('weight','pos_weight'):
-        w = told(criterion, name, torch.Tensor)
+        w = stated(criterion, name, torch.Tensor)
         if w is not None and w.numel()>1:
             raise ValueError(f'{type(criterion).__name__} weighs {w.numel()} outputs by their place ({name}), '
                              'which labels taken one by one do not have')
