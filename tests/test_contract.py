@@ -15,6 +15,7 @@ import torch
 from common import HalfCPU,X,Y,flags,net
 from fastai.callback.core import Callback
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (a method of Learner)
+from fastai.callback.training import GradientClip
 from fastai.data.core import Datasets
 from fastai.learner import Learner,load_learner
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat
@@ -79,7 +80,7 @@ def grads(module): return {n: None if p.grad is None else p.grad.clone() for n,p
 
 class Watch(Callback):
     "What the parts and gradients were"
-    order,run_valid = 6,False
+    order,run_valid = GradientClip.order+2,False         # behind the opening of the fit, which is late in its event
     def __init__(self, loss):
         super().__init__()
         self.loss,self.start = loss,None

@@ -204,7 +204,7 @@ def test_signals_and_sequences(name, way):
 def test_refused_in_words():
     learn = learner(net(1), dls(1), metrics=[])
     refuses(learn, 'a sequence without a grid', KD(OnSignals(), TaskLoss()+Attention()))
-    with pytest.raises(ValueError, match='Attention compares places of one kind'):
+    with pytest.raises(ValueError, match='places of one kind are compared'):
         Attention()(fm_s={'a': torch.randn(2,3,8,8)}, fm_t={'b': torch.randn(2,3,4,8,8)})
     for make in (regressor,bridge,local_to_global):
         with pytest.raises(ValueError, match=r'no \w+ (from|between)'):

@@ -25,7 +25,7 @@ def returned(
     x,   # The input, a tensor or a tuple of them
 ):
     "For each call of a record the `Stage` of what it returned (of a tuple the first activation); None if that is none"
-    B,sides = rec.xb[0].shape[0],Sides(rec, x)
+    B,sides = rec.n,Sides(rec, x)
     def stage(call, end):
         out,place = call.out,''
         if isinstance(out, (tuple,list,dict)) and not isinstance(out, Info): out,place = _first_activation(out, B)
