@@ -1401,6 +1401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fasterdistill/networks/net.py'),
                                             'fasterdistill.networks.net.Memory.buffers': ( 'networks/net.html#memory.buffers',
                                                                                            'fasterdistill/networks/net.py'),
+                                            'fasterdistill.networks.net.Memory.containers': ( 'networks/net.html#memory.containers',
+                                                                                              'fasterdistill/networks/net.py'),
                                             'fasterdistill.networks.net.Memory.kept': ( 'networks/net.html#memory.kept',
                                                                                         'fasterdistill/networks/net.py'),
                                             'fasterdistill.networks.net.Net': ('networks/net.html#net', 'fasterdistill/networks/net.py'),

@@ -244,6 +244,27 @@ def test_fcfd_beside_bnfreeze():
         scale = (norm.weight/(var+norm.eps).sqrt())[:,None,None]
         torch.testing.assert_close(out, (z-mean[:,None,None])*scale+norm.bias[:,None,None])
 
+class Notes(nn.Module):
+    "Its last stage notes how many items it saw, in a list and in a dict"
+    def __init__(self, w=4, s=0):
+        super().__init__()
+        self.net,self.seen,self.counts = net(w, s=s),[],{'items':0}
+        self.net.layer3.register_forward_pre_hook(self.note)
+    def note(self, module, args):
+        self.seen.append(len(args[0]))
+        self.counts['items'] += len(args[0])
+    def forward(self, x): return self.net(x)
+
+def test_extra_passes_leave_lists_and_dicts_alone():
+    "FCFD runs the last stage twice more a step; only the ordinary pass of the student is noted, none of the teacher's"
+    student,teacher = Notes(),Notes(8, 1)
+    learn = learner(student, get_dls(n=48, bs=16), cbs=KD(teacher, TaskLoss()+FCFD()))
+    learn.fit(1)
+    assert student.seen[:3]==[16]*3
+    assert sum(student.seen[3:])==len(learn.dls.valid_ds)
+    assert student.counts=={'items': sum(student.seen)}
+    assert (teacher.seen,teacher.counts)==([],{'items':0})
+
 class Segments(nn.Module):
     "Runs its stages in a checkpointed segment"
     def __init__(self, checkpointed, w=4):

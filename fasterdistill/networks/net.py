@@ -7,12 +7,15 @@ __all__ = ['View', 'bn_mode', 'Memory', 'Keeping', 'Passes', 'Net', 'unhook']
 
 # %% ../../nbs/networks/09_net.ipynb #h002
 import torch
-from collections import namedtuple
+from collections import deque,namedtuple
 from contextlib import ExitStack,contextmanager,nullcontext
 from copy import copy
+from functools import cached_property
 from fastcore.foundation import L
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
+from .as_it_was import Container,holdings
 from .cuts import Forward,Trial
 from .names import find_layer
 from .record import eager,lifted,look,module_by_module,tensors,tupled
@@ -35,9 +38,10 @@ def bn_mode(norms, bn):
 
 # %% ../../nbs/networks/09_net.ipynb #m001
 _gone = object()      # in the place of an attribute that is not there
+_torchs = vars(nn.Module()).keys()
 
 class Memory:
-    "What modules of `model` remember in attributes and buffers from pass to pass (those of `norms` aside)"
+    "What `model` remembers from pass to pass in attributes, buffers (those of `norms` aside), lists, dicts and sets"
     def __init__(self, model, norms=()):
         self.model,self.norms,self.changing = model,set(norms),{}
     def attributes(self):
@@ -47,11 +51,18 @@ class Memory:
         "Where buffers are, likewise"
         modules = [m for m in self.model.modules() if m not in self.norms]
         return [(m,k) for m in modules for k,b in m._buffers.items() if b is not None]
+    @cached_property
+    def containers(self):
+        "Lists, dicts, sets and deques that modules hold, without those that torch keeps parameters and hooks in"
+        torchs = {id(vars(m).get(k)) for m in self.model.modules() for k in _torchs}
+        return [o for o,_ in holdings(self.model) if isinstance(o, (list,dict,set,deque)) and id(o) not in torchs]
     @contextmanager
     def kept(self, kind):
         "Put back what a pass changes; of the second pass of a `kind` on, only what the first one changed is looked at"
         first = kind not in self.changing
-        places,names = (self.attributes(),self.buffers()) if first else self.changing[kind]
+        if first: places,names,owners = self.attributes(),self.buffers(),self.containers
+        else: places,names,owners = self.changing[kind]
+        boxes = [Container(o) for o in owners]
         attrs = [(m, k, vars(m).get(k, _gone)) for m,k in places]
         buffers = [(m, k, m._buffers[k], m._buffers[k].clone()) for m,k in names]
         try: yield
@@ -61,8 +72,11 @@ class Memory:
                 attrs += [(m, k, _gone) for m,k in self.attributes() if (m,k) not in known]
                 attrs = [(m, k, was) for m,k,was in attrs if vars(m).get(k, _gone) is not was]
                 buffers = [o for o in buffers if _changed(*o)]
-                self.changing[kind] = [(m,k) for m,k,_ in attrs],[(m,k) for m,k,*_ in buffers]
+                boxes = [o for o in boxes if o.differs()]
+                changing = [(m,k) for m,k,_ in attrs],[(m,k) for m,k,*_ in buffers],[o.owner for o in boxes]
+                self.changing[kind] = changing
             for m,k,was in attrs: _put(m, k, was)
+            for o in boxes: o.put_back()
             for m,k,_,was in buffers: m._buffers[k] = was        # a copy: a backward pass may need what the pass left
 
 def _changed(m, k, now, was): return m._buffers.get(k) is not now or not torch.equal(now, was)
