@@ -1271,6 +1271,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fasterdistill/networks/cuts.py'),
                                              'fasterdistill.networks.cuts.Trial.other': ( 'networks/cuts.html#trial.other',
                                                                                           'fasterdistill/networks/cuts.py'),
+                                             'fasterdistill.networks.cuts.Trial.resumed': ( 'networks/cuts.html#trial.resumed',
+                                                                                            'fasterdistill/networks/cuts.py'),
                                              'fasterdistill.networks.cuts.Trial.same_prediction': ( 'networks/cuts.html#trial.same_prediction',
                                                                                                     'fasterdistill/networks/cuts.py'),
                                              'fasterdistill.networks.cuts.Trial.tried': ( 'networks/cuts.html#trial.tried',

@@ -427,6 +427,16 @@ class Inference(Answers):
     @torch.inference_mode()
     def forward(self, x): return super().forward(x)
 
+class NoGrad(Answers):
+    @torch.no_grad()
+    def forward(self, x): return super().forward(x)
+
+class Detached(Answers):
+    "Detaches behind its second stage"
+    def __init__(self):
+        super().__init__(lambda o: o)
+        self.net.layer3.register_forward_pre_hook(lambda m, args: (args[0].detach(),))
+
 def as_array(o): return o.detach().numpy()
 def as_list(o): return o.tolist()
 def asked_at(how): return lambda x: how(asked(net(8, s=1), x))
@@ -480,6 +490,8 @@ inside = [f'net.layer{i}' for i in (1,2,3)]
     (lambda: (lambda x: None), SoftTarget(), 'returns a NoneType'),
     (lambda: (lambda x: list(x)), SoftTarget(), 'returns 32 items: expected a tensor'),
     (kinds['inference'], FCFD().at([n[4:] for n in inside], inside), 'forward runs under torch.inference_mode'),
+    (lambda: NoGrad(lambda o: o), FCFD().at([n[4:] for n in inside], inside), 'runs under torch.no_grad'),
+    (Detached, FCFD().at([n[4:] for n in inside], inside), "cut at 'net.layer[12]'.*is detached"),
 ])
 def test_what_cannot_teach_is_refused(make, loss, match):
     teacher = make()

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from fastcore.basics import store_attr
 from torch.utils._pytree import tree_map
-from .record import Info,as_info,as_pictures,each,lifted,place_of,reading,record
+from .record import Info,as_info,as_pictures,each,lifted,place_of,reading,record,tensors
 from .taps import item_of
 
 # %% ../../nbs/networks/08_cuts.ipynb #c013
@@ -135,6 +135,8 @@ def _fixed(a, b):
 Tried = namedtuple('Tried', 'cut ran reason')
 Tried.__doc__ = "A place tried: its `Cut`, the taps behind it, and why the network cannot be cut there (None: it can)"
 
+_no_way = ', so that no gradient comes back: leave that out'
+
 class Trial:
     "Tries where a network can be cut: what comes behind a layer, resumed, must say what the whole network says"
     def __init__(self,
@@ -162,19 +164,27 @@ class Trial:
         if not isinstance(z, torch.Tensor):
             return Tried(None, (), f'{what}: it hands over a {type(z).__name__} there, not a tensor; '
                                    f'an item of it may do, as in {name+"[0]"!r}')
-        if z.is_inference():
-            return Tried(None, (), f'{what}: its forward runs under torch.inference_mode(), through which no gradient '
-                                   'comes back; under torch.no_grad() none would either: leave the decorator out')
+        if z.is_inference(): return Tried(None, (), f'{what}: its forward runs under torch.inference_mode(){_no_way}')
         cut,ran = Cut(self.full.bare(), layer, as_info(z), fixed),self.behind(when)
-        try: back = record(self.model, z, prints=True, run=lambda z: cut.run(self.model, z))
+        try: back,learns = self.resumed(cut, z)
         except Exception as e:
             return Tried(cut, ran, f'{what}: what comes after it does not run on blanks ({type(e).__name__}: {e})')
+        if not learns:
+            return Tried(cut, ran, f'{what}: what comes after it is detached, or runs under torch.no_grad(){_no_way}')
         odd = self.other(cut, back)
         if odd is None or self.same_prediction(cut, back) and self.apart(cut, z, ran): return Tried(cut, ran, None)
         why = f'the output also depends on what came before it in another way (first seen at {odd!r}); '
         return Tried(cut, ran, f'{what}: {why}skip connections around a layer do that, '
                                'or a state kept from batch to batch')
 
+    def resumed(self, cut, z):
+        "A `Record` of the pass from `z` on, and whether a gradient comes back to `z` from what the network returns"
+        z = z.detach().requires_grad_(z.is_floating_point())
+        def run(z): return cut.run(self.model, z.clone())
+        with torch.enable_grad(): back = record(self.model, z, prints=True, run=run)
+        learns = not z.requires_grad or any(t.requires_grad for t in tensors(back.raw))
+        back.detach()
+        return back,learns
     def behind(self, when):
         "Names of the layers read that come after a tick"
         ticks = {n: self.full.when(l) for n,l in self.read.items()}
