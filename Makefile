@@ -41,7 +41,7 @@ matrix: $(READY)
 versions: version-lowest-direct version-highest
 
 PROMISES = tests/test_contract.py tests/test_reference.py tests/test_callback.py tests/test_opening.py \
-           tests/test_teachers.py tests/test_fastai.py
+           tests/test_teachers.py tests/test_fastai.py tests/test_state.py tests/test_modes.py
 version-%: export MPLBACKEND = agg
 version-%:
 	uv venv --clear --python $(if $(findstring lowest,$*),$(LOWEST),$$(command -v $(PYTHON))) .venv-$*
