@@ -12,7 +12,7 @@ from common import KD,X,Real,assert_close,assert_same,get_dls,in_float64,learner
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses import FCFD,FitNet,SoftTarget
 from fasterdistill.networks import Net,look,stages
-from fasterdistill.networks.as_it_was import as_it_was
+from fasterdistill.networks.as_it_was import as_it_was,can_watch
 from fasterdistill.teachers import Frozen
 
 def planned(student, teacher, loss=None):
@@ -187,10 +187,13 @@ def test_an_inner_part_held_in_evaluation_stays_so():
 
 # ---- what it costs ----
 
+@pytest.mark.skipif(not can_watch(), reason='torch 2.4 cannot watch what is written, so all is copied')
 def test_ordinary_weights_are_not_copied():
     model = net(8)
-    with as_it_was(model) as was: model(X[:8])
-    assert [o for o in was.numbers() if isinstance(o.owner, nn.Parameter)]==[]
+    with as_it_was(model) as was:
+        model(X[:8])
+        copied = [o for o in was.numbers() if isinstance(o.owner, nn.Parameter) and o.was is not None]
+    assert not copied
     with as_it_was(model) as was: pass
     assert was.keepers==[]
 
