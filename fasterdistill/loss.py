@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READS', 'shown', 'DistillLoss', 'Function', 'as_loss', 'Weight', 'ramp', 'after', 'steps', 'Sum', 'name_terms',
-           'TaskLoss', 'FeatureLoss']
+           'TaskLoss', 'check_pairs', 'FeatureLoss']
 
 # %% ../nbs/02_loss.ipynb #c002
 import inspect
@@ -279,6 +279,16 @@ class TaskLoss(DistillLoss):
     def forward(self, task_loss): return task_loss
 
 # %% ../nbs/02_loss.ipynb #c024
+def check_pairs(
+    who,  # The loss, for its error
+    fm_s, # Activations of the student, by name
+    fm_t, # Those of the teacher
+):
+    "`ValueError` unless there are as many of both"
+    if len(fm_s)==len(fm_t): return
+    raise ValueError(f'{who!r} pairs {len(fm_s)} layers of the student {list(fm_s)} '
+                     f'with {len(fm_t)} of the teacher {list(fm_t)}')
+
 @lru_cache
 def _params(f): return frozenset(inspect.signature(f).parameters)
 
@@ -320,9 +330,7 @@ class FeatureLoss(DistillLoss):
         return total
     def _check(self, fm_s, fm_t, unknown):
         "Errors in words for what a call by hand gets wrong"
-        if len(fm_s)!=len(fm_t):
-            raise ValueError(f'{self!r} pairs {len(fm_s)} activations of the student {list(fm_s)} '
-                             f'with {len(fm_t)} of the teacher {list(fm_t)}')
+        check_pairs(self, fm_s, fm_t)
         if not self.built and self._adapter() is not None:
             raise RuntimeError(f'{self!r} has an adapter to make: called by hand it needs build(fm_s=…, fm_t=…) first')
         if unknown: raise TypeError(f'{self!r} does not read {", ".join(sorted(unknown))}')

@@ -75,8 +75,8 @@ def task_kind(criterion):
 # %% ../nbs/03_task.ipynb #c032
 def stated_axis(pred, criterion):
     "The axis of the classes that a loss function states: its `axis`, 1 for those of torch; else None"
+    if (axis := stated(criterion, 'axis', int)) is not None: return axis % pred.ndim
     for f in _behind(criterion):
-        if isinstance(axis := getattr(f, 'axis', None), int): return axis % pred.ndim
         by_name = getattr(f, '__name__', '') in ('cross_entropy','nll_loss')
         if by_name or isinstance(f, (nn.CrossEntropyLoss,nn.NLLLoss)): return min(1, pred.ndim-1)
 
@@ -89,8 +89,7 @@ def lacking_axes(pred, target):
 def class_axis(pred, target=None, criterion=None):
     """The axis of the classes: the loss function's own (`axis`; 1 for those of torch), else the one the labels lack,
     else 1 (the last of a `(B,L,C)` sequence)."""
-    stated = stated_axis(pred, criterion)
-    if stated is not None: return stated
+    if (axis := stated_axis(pred, criterion)) is not None: return axis
     return next(iter(lacking_axes(pred, target)), 2 if pred.ndim==3 else 1)
 
 def ignored_label(criterion, default=None):

@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from common import KD,X,Y,hf_vit,learner,loud,net,seed,state,tuples
+from common import KD,Out,X,Y,hf_vit,learner,loud,net,seed,state,tuples
 from fastai.losses import BCEWithLogitsLossFlat
 from torch import nn
 
@@ -13,13 +13,6 @@ from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
 from fasterdistill.losses.ofa import OFALogits
 from fasterdistill.teachers.teacher import Frozen
-
-class After(nn.Module):
-    "A network with something behind it"
-    def __init__(self, m, f):
-        super().__init__()
-        self.m,self.f = m,f
-    def forward(self, x): return self.f(self.m(x))
 
 def softmax(z): return z.softmax(1)
 def mse(p, y): return (p-y).pow(2).mean()
@@ -45,41 +38,41 @@ def learn(y=Y[:160], loss=None, model=None):
 
 @pytest.mark.parametrize('loss', [SoftTarget(), TaskLoss()+OFALogits()], ids=repr)
 def test_a_teacher_that_ends_in_softmax(loss):
-    said, = told(learn(), KD(After(teacher, softmax), loss))
+    said, = told(learn(), KD(Out(teacher, softmax), loss))
     name = repr(loss).split(' + ')[-1]
     assert said==f'the teacher returns probabilities, and {name} reads logits: Frozen(teacher, probabilities=True) ' \
                  'makes logits of them'
-    assert told(learn(), KD(Frozen(After(teacher, softmax), probabilities=True), loss))==[]
+    assert told(learn(), KD(Frozen(Out(teacher, softmax), probabilities=True), loss))==[]
     assert told(learn(), KD(teacher, loss))==[]
-    assert told(learn(), KD(After(teacher, lambda z: z.log_softmax(1)), loss))==[]
+    assert told(learn(), KD(Out(teacher, lambda z: z.log_softmax(1)), loss))==[]
     asked = teacher.eval()
     said, = told(learn(), KD(lambda x: softmax(asked(x)), loss))
     assert said.endswith('let it return their logarithm')
     teacher.train()
 
 def test_a_student_that_ends_in_softmax():
-    said, = told(learn(model=After(net(), softmax)), KD(teacher, SoftTarget()))
+    said, = told(learn(model=Out(net(), softmax)), KD(teacher, SoftTarget()))
     assert said.startswith('the student returns probabilities') and 'leave that to the loss function' in said
 
 def test_probabilities_over_pixels():
     seg = nn.Conv2d(1, 3, 3, 1, 1)
     y = (X[:160,0]>.3).long()
-    said, = told(learn(y, nn.CrossEntropyLoss(), nn.Conv2d(1, 3, 3, 1, 1)), KD(After(seg, softmax), SoftTarget()))
+    said, = told(learn(y, nn.CrossEntropyLoss(), nn.Conv2d(1, 3, 3, 1, 1)), KD(Out(seg, softmax), SoftTarget()))
     assert 'the teacher returns probabilities' in said
 
 def test_a_teacher_that_ends_in_sigmoid():
     t = loud(net(8, classes=3, s=1), 6)
     def multi(): return learn(several, BCEWithLogitsLossFlat(), net(classes=3))
     assert told(multi(), KD(t))==[]
-    said, = told(multi(), KD(After(t, torch.sigmoid)))
+    said, = told(multi(), KD(Out(t, torch.sigmoid)))
     assert 'the teacher returns probabilities, and BinarySoftTarget() reads logits' in said
-    assert told(multi(), KD(Frozen(After(t, torch.sigmoid), probabilities=True)))==[]
+    assert told(multi(), KD(Frozen(Out(t, torch.sigmoid), probabilities=True)))==[]
 
 def test_losses_that_are_not_for_logits():
     "What compares raw values, layers, or is the user's own function may be given anything"
     def f(pred, teacher_pred): return mse(pred, teacher_pred)
     for loss in (Logits(), f, TaskLoss()+FitNet().at('layer3','m.layer3')):
-        assert told(learn(), KD(After(teacher, softmax), loss))==[]
+        assert told(learn(), KD(Out(teacher, softmax), loss))==[]
 
 @pytest.mark.parametrize('y,classes,loss,said', [
     (numbers, 3, SoftTarget(), 'one class of several, and the labels (32, 3) are numbers from -4 to 81'),
@@ -158,5 +151,5 @@ class Own(DistillLoss):
 
 def test_a_warning_is_no_error():
     "Whoever knows better goes on"
-    said, = told(learn(), KD(After(teacher, softmax), Own()))
+    said, = told(learn(), KD(Out(teacher, softmax), Own()))
     assert 'Own() reads logits' in said

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (KD,At,StepLosses,Watch,X,Y,asked,assert_same,flags,get_dls,learner,left,net,refuses,rnn,seed,
+from common import (KD,At,Out,StepLosses,Watch,X,Y,asked,assert_same,flags,get_dls,learner,left,net,refuses,rnn,seed,
                     state,tuples)
 from fastai.data.transforms import Normalize
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat,MSELossFlat
@@ -132,13 +132,6 @@ def test_a_partial_is_a_function(teacher):
     assert isinstance(as_teacher(partial(teacher)), Called)         # of the inputs, whatever it is of, but for a loss
 
 # ---- outputs ----
-
-class Out(nn.Module):
-    "`f` of what a network answers"
-    def __init__(self, m, f):
-        super().__init__()
-        self.m,self.f = m,f
-    def forward(self, x): return self.f(self.m(x))
 
 class PickedCE(nn.CrossEntropyLoss):
     def __init__(self, get):
@@ -417,12 +410,9 @@ def offloaded(model):
     from accelerate import cpu_offload
     return cpu_offload(model, execution_device='cpu')
 
-class Answers(nn.Module):
-    "What it says, as something else"
-    def __init__(self, how):
-        super().__init__()
-        self.net,self.how = net(8, s=1),how
-    def forward(self, x): return self.how(self.net(x))
+class Answers(Out):
+    "What a teacher says, as something else"
+    def __init__(self, how): super().__init__(net(8, s=1), how)
 
 class Inference(Answers):
     @torch.inference_mode()
@@ -436,7 +426,7 @@ class Detached(Answers):
     "Detaches behind its second stage"
     def __init__(self):
         super().__init__(lambda o: o)
-        self.net.layer3.register_forward_pre_hook(lambda m, args: (args[0].detach(),))
+        self.m.layer3.register_forward_pre_hook(lambda m, args: (args[0].detach(),))
 
 def as_array(o): return o.detach().numpy()
 def as_list(o): return o.tolist()
@@ -466,7 +456,7 @@ def test_no_ordinary_module(kind):
     assert len(got)==2
     assert got==pytest.approx(want, rel=1e-5)
 
-@pytest.mark.parametrize('make,layer', [(kinds['offloaded'],'layer2'), (kinds['inference'],'net.layer2')])
+@pytest.mark.parametrize('make,layer', [(kinds['offloaded'],'layer2'), (kinds['inference'],'m.layer2')])
 def test_layers_of_no_ordinary_module(make, layer):
     def value(t, layer):
         learn = learner(net(), get_dls(n=32), cbs=KD(t, FitNet().at('layer2', layer)))
@@ -481,7 +471,7 @@ def test_an_offloaded_teacher_stays_where_it_is():
     assert {b.device.type for b in t.buffers()}=={'cpu'}
     torch.testing.assert_close(t.eval()(X[:4]), asked(net(8, s=1), X[:4]))
 
-inside = [f'net.layer{i}' for i in (1,2,3)]
+inside = [f'm.layer{i}' for i in (1,2,3)]
 
 @pytest.mark.parametrize('make,loss,match', [
     (kinds['scripted'], FitNet().at('layer2'), 'run as a whole, and their layers cannot be read'),
@@ -490,9 +480,9 @@ inside = [f'net.layer{i}' for i in (1,2,3)]
     (lambda: net(8).to('meta'), SoftTarget(), "no data in 'layer1.0.weight'"),
     (lambda: (lambda x: None), SoftTarget(), 'returns a NoneType'),
     (lambda: (lambda x: list(x)), SoftTarget(), 'returns 32 items: expected a tensor'),
-    (kinds['inference'], FCFD().at([n[4:] for n in inside], inside), 'forward runs under torch.inference_mode'),
-    (lambda: NoGrad(lambda o: o), FCFD().at([n[4:] for n in inside], inside), 'runs under torch.no_grad'),
-    (Detached, FCFD().at([n[4:] for n in inside], inside), "cut at 'net.layer[12]'.*is detached"),
+    (kinds['inference'], FCFD().at([n[2:] for n in inside], inside), 'forward runs under torch.inference_mode'),
+    (lambda: NoGrad(lambda o: o), FCFD().at([n[2:] for n in inside], inside), 'runs under torch.no_grad'),
+    (Detached, FCFD().at([n[2:] for n in inside], inside), "cut at 'm.layer[12]'.*is detached"),
 ])
 def test_what_cannot_teach_is_refused(make, loss, match):
     teacher = make()

@@ -32,6 +32,7 @@ class Findings:
     "What is known of `model` on inputs like `xb`"
     def __init__(self, model, xb, around=nullcontext):
         self.of = fingerprint(model, xb, around)
+        *_,self.checkpointed = self.of                   # modules that may compute a part of them twice
         self.rec,self.stages = None,None                 # the order of its calls, where its stages end
         self.layers,self.copies = {},{}                  # `Layer`s by name, and whether they are overwritten later
         self.first = {}                                  # whether their channels come first, if they would be misread
@@ -154,7 +155,7 @@ def calls_for_training(side, rec, layers):
     "Whether the evaluation that `rec` is of leaves open what training does, with `layers` (by name) read"
     if any(rec.activation(l) is None for l in layers.values()) or not side.settles(rec.result): return True
     open_ = [l for n,l in layers.items() if n in without_graph(rec, layers) and may_learn(rec, l)]
-    return bool(open_ or layers and checkpointing(side.model))
+    return bool(open_ or layers and side.found.checkpointed)
 
 def rehearsed(side, layers):
     "A `Record` of a pass as in training with what `layers` (by name) return; `ValueError` for one that never runs"

@@ -23,8 +23,6 @@ def attention_map(z, p=2, map='sum'):
     return F.normalize(a.flatten(1), dim=1, eps=1e-12)
 
 # %% ../../nbs/losses/20_attention.ipynb #c014
-_pool = {1:F.adaptive_avg_pool1d, 2:F.adaptive_avg_pool2d, 3:F.adaptive_avg_pool3d}
-
 class Attention(FeatureLoss):
     """Match where student and teacher activations are strong, whatever their channels.
     Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, of signals `(B,C,L)` or of volumes, to a scalar,

@@ -8,7 +8,7 @@ __all__ = ['fsp_matrix', 'FSP']
 # %% ../../nbs/losses/23_fsp.ipynb #c002
 from itertools import pairwise
 from fastcore.basics import store_attr
-from ..loss import DistillLoss
+from ..loss import DistillLoss,check_pairs
 from ..networks.record import plain
 from ..networks.layouts import same_size
 from ..task import check_choice
@@ -36,9 +36,7 @@ class FSP(DistillLoss):
         check_choice('FSP', 'form', form, ('code','paper'))
         store_attr()
     def forward(self, fm_s, fm_t, xb=None):
-        if len(fm_s)!=len(fm_t):
-            raise ValueError(f'FSP pairs {len(fm_s)} layers of the student {list(fm_s)} '
-                             f'with {len(fm_t)} of the teacher {list(fm_t)}')
+        check_pairs(self, fm_s, fm_t)
         if len(fm_s)<2: raise ValueError(f'FSP compares what happens between layers: it needs two, here is {[*fm_s]}')
         between = zip(pairwise(fm_s.items()), pairwise(fm_t.items()), strict=True)
         return sum(self._difference(s, t, xb) for s,t in between)

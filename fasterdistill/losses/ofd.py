@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..loss import FeatureLoss
 from ..networks.adapters import connector
 from ..networks.record import plain
-from ..networks.layouts import describe,same_size
+from .ab import same_neurons
+from ..networks.layouts import describe
 
 # %% ../../nbs/losses/26_ofd.ipynb #c008
 def bn_margin(
@@ -88,10 +89,7 @@ class OFD(FeatureLoss):
                    for name,z in zip(teacher.layers, fm_t.values(), strict=True)])
 
     def pair(self, s, t, i, n, xb=None):
-        s,t = same_size(plain(s), plain(t), xb)
-        if s.shape[1]!=t.shape[1]:
-            raise ValueError(f'OFD compares neuron by neuron, here are {s.shape[1]} channels of the student and '
-                             f'{t.shape[1]} of the teacher; leave adapter at its default to have them met')
+        s,t = same_neurons('OFD', s, t, xb)
         margin = getattr(self, f'margin{i}', None)
         if margin is None: raise ValueError(f'OFD has no margin for pair {i+1} of {n}: give margins=[…], one for each')
         t = torch.maximum(t, margin.to(t))

@@ -9,7 +9,7 @@ __all__ = ['HCL', 'Fusion', 'ReviewKD']
 import torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from ..loss import DistillLoss,FeatureLoss
+from ..loss import DistillLoss,FeatureLoss,check_pairs
 from ..networks.record import plain
 from ..networks.layouts import to_map
 
@@ -77,9 +77,7 @@ class ReviewKD(DistillLoss):
         self.fusions.extend([m.to(s[0].device) for m in made])
     def maps(self, fm_s, fm_t, xb=None):
         "Both networks' activations as maps, two lists of one length"
-        if len(fm_s)!=len(fm_t):
-            raise ValueError(f'ReviewKD pairs {len(fm_s)} layers of the student {list(fm_s)} '
-                             f'with {len(fm_t)} of the teacher {list(fm_t)}')
+        check_pairs(self, fm_s, fm_t)
         return [[to_map(plain(z), x=xb) for z in fm.values()] for fm in (fm_s,fm_t)]
     def fused(self, s, t):
         "The student's maps `s`, shallow to deep, fused and in the shapes of the teacher's `t`"

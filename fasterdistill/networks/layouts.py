@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import batchnorm,conv,pooling
-from torch.utils._pytree import tree_leaves
-from .record import Info,as_pictures,shapes
+from .record import as_pictures,shapes
 
 # %% ../../nbs/networks/02_layouts.ipynb #c012
 class Stage(NamedTuple):
@@ -95,23 +94,26 @@ def describe(
     first=None, # Whether the channels come first, if that is known; else as `told` says, or the shape
 ):
     "The `Stage` of an activation; None for what is no `(B,…)` activation of 2 to 5 dimensions"
-    shape,hw = tuple(getattr(z, 'shape', z)),picture(x)
+    shape = tuple(getattr(z, 'shape', z))
     if first is None: first = getattr(z, 'channels_first', None)
     if len(shape)==2: return Stage(name, shape[1], (), 'BC')
-    if len(shape)==3: return _sequence(name, shape, x, hw, first)
+    if len(shape)==3: return _sequence(name, shape, x, first)
     if len(shape)==4:
         _,a,b,c = shape
-        if first is None: first = _fits(b, c, hw) or not _fits(a, b, hw)
+        if first is None:
+            hw = picture(x)
+            first = _fits(b, c, hw) or not _fits(a, b, hw)
         return Stage(name, a, (b,c), 'NCHW') if first else Stage(name, c, (a,b), 'NHWC')
     if len(shape)==5:
         _,*sides = shape
         if first is False: return Stage(name, sides[-1], tuple(sides[:-1]), 'NDHWC')
         return Stage(name, sides[0], tuple(sides[1:]), 'NCDHW')
 
-def _sequence(name, shape, x, hw, first):
+def _sequence(name, shape, x, first):
     "The `Stage` of three dimensions: a signal, tokens with a grid, a sequence"
     _,L,channels = shape
     if first: return Stage(name, L, (channels,), 'NCL')
+    hw = picture(x)
     grid = _square(L) if x is None else hw and _grid(L, hw)
     if not grid: return Stage(name, channels, (L,), 'BLC')
     rows,cols,prefix = grid
@@ -131,11 +133,6 @@ def _says(module, shape):
     first,last = shape[1] in widths,shape[-1] in widths
     return first if first!=last else None
 
-def _shapes(out):
-    "Of what a call returned the shapes that have positions"
-    infos = tree_leaves(out, is_leaf=lambda o: isinstance(o, Info))
-    return [o.shape for o in infos if isinstance(o, Info) and len(o.shape)>2]
-
 class Sides:
     "On which side the channels are in what the calls of `rec` returned, a recorded pass on `x`"
     def __init__(self, rec, x):
@@ -143,7 +140,8 @@ class Sides:
         self.known = {}                      # for each shape without the batch `(tick, whether first)`, in order
         outer = {c.parent for c in rec}
         for c,end in zip(rec.calls, rec.ends, strict=True):
-            for shape in _shapes(c.out): self._note(c, end, shape, c.start in outer)
+            for shape in shapes(c.out):
+                if len(shape)>2: self._note(c, end, shape, c.start in outer)
     def _note(self, call, end, shape, composed):
         if composed and self.at(end, shape) is not None: return        # it lies as what was made inside
         says = _says(call.module, shape)

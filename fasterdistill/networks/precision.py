@@ -9,8 +9,7 @@ __all__ = ['autocast_of', 'outside', 'uncached', 'autocast_kept', 'typed', 'has_
 from contextlib import nullcontext
 from functools import partial
 import torch
-from torch.utils._pytree import tree_map
-from .record import device_of
+from .record import device_of,each
 
 # %% ../../nbs/networks/03_precision.ipynb #b001
 def autocast_of(device):
@@ -52,8 +51,7 @@ def autocast_kept():
 def typed(model, xb):
     "The inputs `xb` with floating-point numbers in the type that the weights of `model` have (of the first of them)"
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    def to(o): return o.to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else o
-    return xb if dtype is None else tree_map(to, xb)
+    return xb if dtype is None else each(lambda o: o.to(dtype) if o.is_floating_point() else o, xb)
 
 def has_own(model):
     "Whether the weights of `model` are all of one type that is not float32"

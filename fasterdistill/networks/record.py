@@ -16,8 +16,8 @@ from functools import lru_cache
 from inspect import signature
 import numpy as np,torch
 from torch.nn.modules.module import register_module_forward_hook,register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten,tree_leaves,tree_map,tree_unflatten
-from .as_it_was import as_it_was
+from torch.utils._pytree import tree_flatten,tree_leaves,tree_unflatten
+from .as_it_was import as_it_was,memory
 
 # %% ../../nbs/networks/01_record.ipynb #t001
 def plain(t):
@@ -42,7 +42,7 @@ def cloned(xb):
 
 def detached(o):
     "A (nested) output without a graph"
-    return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, o)
+    return each(torch.Tensor.detach, o)
 
 def lifted(o):
     "`o` without a subclass, half precision as float32; float32, float64 and what is no tensor as they are"
@@ -158,7 +158,7 @@ Info.__doc__ = "What is noted of a tensor"
 
 def as_info(o):
     "A (nested) output with an `Info` in the place of each tensor"
-    return tree_map(lambda t: Info(tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else t, o)
+    return each(lambda t: Info(tuple(t.shape), t.dtype), o)
 
 # %% ../../nbs/networks/01_record.ipynb #c009b
 class Record:
@@ -202,9 +202,10 @@ class Record:
         return [(c.name,p) for c,p,end in calls if end>tick]
 
 # %% ../../nbs/networks/01_record.ipynb #c109b
-def _memory(t):
-    "Where a tensor's numbers lie, which views of it share"
-    return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
+def _place(t):
+    "Where a tensor's numbers lie, which views of it share; what has none of its own is known by itself"
+    where = memory(t)
+    return id(t) if where is None else where
 
 def _version(t):
     "How often a tensor was written into; tensors made in inference mode do not count"
@@ -215,14 +216,14 @@ class Kept:
     def __init__(self, own, copy):
         self.own,self.handed = own,set()
         self.versions = [(t, _version(t)) for t in tensors(own)]
-        self.value = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, own) if copy else own
+        self.value = each(torch.Tensor.clone, own) if copy else own
     def hand(self, places):
         "Note that what lies at `places` in memory was handed to a module that works in place"
         self.handed |= places
     def written(self, t):
         "Whether `t`, a tensor of `own`, was written into, or handed to a module that works in place"
         changed = any(t is o and _version(o)!=v for o,v in self.versions)
-        return changed or _memory(t) in self.handed
+        return changed or _place(t) in self.handed
     def detach(self):
         "Let go of the graph"
         self.own,self.value = detached(self.own),detached(self.value)
@@ -306,7 +307,7 @@ class _Recorder:
         if module not in self.names: return
         n = self.counts[module] = self.counts.get(module, 0)+1
         if getattr(module, 'inplace', False) is True:
-            places = {_memory(t) for t in tensors(args)}
+            places = {_place(t) for t in tensors(args)}
             for kept in self.rec.kept.values(): kept.hand(places)
         self.rec.takes[self.tick] = self.numbers.of(args, new=not self.running) or {-1}      # by keyword: not seen
         self.running.append([module, n, self.tick, None])

@@ -16,35 +16,16 @@ from .record import cloned,reading,record,tensors,tupled
 from .taps import item_of
 
 # %% ../../nbs/networks/07_rehearsal.ipynb #r001
-def _swapped(model):
-    "Put copies in the place of buffers, and of tensors that are attributes: what was there, `(holder, name, tensor)`"
-    copies,was = {},[]
-    for m in model.modules():
-        for holder in (m._buffers,vars(m)):
-            for k,o in [*holder.items()]:
-                if not isinstance(o, torch.Tensor) or o.requires_grad: continue
-                if id(o) not in copies: copies[id(o)] = o.clone()
-                was.append((holder,k,o))
-                holder[k] = copies[id(o)]
-    return was
-
 @contextmanager
 def rehearsing(model):
     "Inside, `model` runs as it trains, in training mode if it is in none now, with gradients. Nothing of it stays"
     modes = [(m, m.training) for m in model.modules()] if model.training else []
     with reading(model), torch.enable_grad():
-        buffers = [(m, {*m._buffers}) for m in model.modules()]
-        was = _swapped(model)
-        try:
-            model.train()
-            for m,training in modes: m.training = training
-            for m in model.modules():                    # these would wait for other processes
-                if isinstance(m, nn.SyncBatchNorm): m.eval()
-            yield
-        finally:
-            for holder,k,o in was: holder[k] = o
-            for m,names in buffers:
-                for k in {*m._buffers}-names: del m._buffers[k]
+        model.train()
+        for m,training in modes: m.training = training
+        for m in model.modules():                        # these would wait for other processes
+            if isinstance(m, nn.SyncBatchNorm): m.eval()
+        yield
 
 def rehearse(model, x,
     layers=(), # `Layer`s whose activations are kept
