@@ -1476,6 +1476,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fasterdistill/networks/precision.py'),
                                                   'fasterdistill.networks.precision.has_own': ( 'networks/precision.html#has_own',
                                                                                                 'fasterdistill/networks/precision.py'),
+                                                  'fasterdistill.networks.precision.is_double': ( 'networks/precision.html#is_double',
+                                                                                                  'fasterdistill/networks/precision.py'),
                                                   'fasterdistill.networks.precision.outside': ( 'networks/precision.html#outside',
                                                                                                 'fasterdistill/networks/precision.py'),
                                                   'fasterdistill.networks.precision.own_precision': ( 'networks/precision.html#own_precision',

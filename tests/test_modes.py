@@ -10,8 +10,8 @@ from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (KD,At,HalfCPU,StepLosses,assert_close,assert_same,get_dls,kl,learner,left,net,raising,refuses,
-                    seed,state)
+from common import (KD,At,HalfCPU,Real,StepLosses,assert_close,assert_same,floating,get_dls,kl,learner,left,net,raising,
+                    refuses,seed,state)
 from fasterdistill.loss import FeatureLoss,TaskLoss,as_loss
 from fasterdistill.losses import FCFD,FitNet,SoftTarget
 
@@ -448,6 +448,20 @@ def test_layers_of_a_teacher_of_another_precision(dtype, loss, amp):
         assert left(learn, teacher)==[]
         values.append(steps.vals[0])
     assert values[0]==pytest.approx(values[1], rel=1e-2)
+
+class Heard(FCFD):
+    "Notes the types that predictions and activations have, those of passes resumed in the teacher too"
+    def loss(self, fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest):
+        self.kinds = {o.dtype for o in (*fm_t,*bridged,*(m for ms in mixed for m in ms),teacher_pred,*mixed_preds)}
+        return super().loss(fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest)
+
+@pytest.mark.parametrize('student', [torch.float32,torch.float64], ids=str)
+def test_a_float64_teacher_is_heard_as_the_student_computes(student):
+    with floating(student):
+        loss = Heard(paths=4)
+        learn = learner(net(4), get_dls(n=32), metrics=[], cbs=[KD(net(8, s=1).double(), TaskLoss()+loss),Real()])
+        learn.fit(1)
+    assert loss.kinds=={student}
 
 def test_an_ensemble_of_several_precisions():
     "Each member computes in its own"

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from fastai.callback.fp16 import MixedPrecision
 from ..missing import labels_of
+from ..networks.precision import is_double
 from ..networks.record import device_of,lifted,n_items,plain,tupled
 from ..task import StandIn,found_axis,task_kind
 from ..teachers.teacher import Teacher,pick,task_criterion
@@ -57,6 +58,7 @@ class Task:
         ignore_index=None, # The label that is left out, where the loss function does not tell
     ):
         self.learn,self.output,self.device = learn,output,device_of(learn.model)
+        self.double = is_double(learn.model)             # else what a float64 teacher says is float32 for it
         self.which,self.unclear = target,None            # why it is not known which target is meant, or None
         self.bare = False                                # whether a tensor is the prediction, whatever `output` says
         self.labels = labels_of(learn)                   # the callback that looks after missing labels, or None
@@ -168,7 +170,7 @@ class Batch:
     def pred(self): return self.task.prediction(self.task.learn.pred)
     @cached_property
     def teacher_pred(self):
-        with torch.no_grad(), self.around(): return lifted(plain(self.ask()))
+        with torch.no_grad(), self.around(): return lifted(self.ask(), self.task.double)
     @cached_property
     def target(self): return self.task.target(self.pred)
     @cached_property

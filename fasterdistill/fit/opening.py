@@ -19,7 +19,7 @@ from .side import Side,example
 from ..missing import refuse_gaps
 from ..networks.as_it_was import as_it_was
 from ..networks.precision import autocast_of,outside,uncached
-from ..networks.record import cloned,lifted,plain,reading,rng_kept,tensors,tupled
+from ..networks.record import cloned,lifted,reading,rng_kept,tensors,tupled
 
 # %% ../../nbs/fit/06_opening.ipynb #o001
 _inside = dict(fm_s='student', student='student', fm_t='teacher', teacher='teacher')
@@ -74,7 +74,7 @@ def sides_of(student, teacher, xb, task, findings):
                settles=task.settles)
     model = teacher and teacher.model
     if model is None: return dict(student=one, teacher=None)
-    other = Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher'), around)
+    other = Side('teacher', model, xb, teacher.inp, teacher.out, findings.get('teacher'), around, double=task.double)
     return dict(student=one, teacher=other)
 
 def run_once(who, terms, sides, teacher, ask=None):
@@ -104,7 +104,7 @@ def first_batch(task, terms, sides, teacher, xb, undo, ask_task=False):
     if batch.asked:
         said,maps,was = run_once('teacher', terms, sides, teacher, batch.ask)
         undo.callback(was.put_back)
-        batch.know(teacher_pred=lifted(plain(said)), fm_t=maps)
+        batch.know(teacher_pred=lifted(said, task.double), fm_t=maps)
     for who,side in sides.items():
         if side is not None and who in terms.names: side.make_net()
     return batch

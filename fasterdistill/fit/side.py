@@ -14,7 +14,8 @@ from ..networks.names import find_layer
 from ..networks.net import Net
 from ..networks.layouts import describe
 from ..networks.precision import has_own,outside
-from ..networks.record import cloned,device_of,look,module_by_module,ordinary,reading,record,tensors,tupled
+from ..networks.record import (cloned,device_of,lifted,look,module_by_module,ordinary,reading,record,
+                                           tensors,tupled)
 from ..networks.rehearsal import checkpointing,depend,may_learn,rehearse,without_graph
 from ..networks.stages import stages
 from ..networks.taps import Taps,activations,misread,overwritten
@@ -60,9 +61,10 @@ class Side:
         findings=None,  # Those of an earlier fit
         around=nullcontext, # The autocast that training has, which extra passes run inside
         settles=None,   # Whether what an evaluation returns tells where the prediction is in training
+        double=True,    # Whether float64 is handed on as it is: not by a teacher to a student of float32
     ):
         self.who,self.model,self.out,self.xb = who,model,out or (lambda o: o),xb
-        self.around,self.settles = around,settles or (lambda raw: True)
+        self.around,self.settles,self.double = around,settles or (lambda raw: True),double
         self._inp,self._given = inp,(None,None)          # what was given for the last batch: `(xb, inputs)`
         held = findings is not None and findings.hold(model, self.given, around)
         self.found = findings if held else Findings(model, self.given, around)
@@ -130,11 +132,12 @@ class Side:
     def tap(self, layers):
         "Tap `layers` (by name), of which the findings say whether they are overwritten"
         copies = [n for n in layers if self.found.copies[n]]
-        found = dict(copies=copies, first=self.found.first)
+        found = dict(copies=copies, first=self.found.first, double=self.double)
         self.taps = Taps(self.model, layers, who=self.who, **found) if layers else None
     def make_net(self):
         "The network for extra passes, for terms that name it"
-        self.net = Net(self.model, who=self.who, inp=self.inputs, out=self.out, taps=self.taps, sizes=self.found.sizes)
+        def out(o): return lifted(self.out(o), self.double)
+        self.net = Net(self.model, who=self.who, inp=self.inputs, out=out, taps=self.taps, sizes=self.found.sizes)
         self.net.at(self.xb, self.within, self.seen)
     def activations(self):
         "What tapped layers returned in the ordinary pass, by name, half precision lifted; None where one did not run"

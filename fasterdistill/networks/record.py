@@ -44,11 +44,11 @@ def detached(o):
     "A (nested) output without a graph"
     return each(torch.Tensor.detach, o)
 
-def lifted(o):
-    "`o` without a subclass, half precision as float32; float32, float64 and what is no tensor as they are"
+def lifted(o, double=True):
+    "`o` without a subclass, half precision as float32, and float64 unless it may be `double`; all else as it is"
     o = plain(o)
-    half = isinstance(o, torch.Tensor) and o.dtype in (torch.float16,torch.bfloat16)
-    return o.float() if half else o
+    others = (torch.float16,torch.bfloat16) if double else (torch.float16,torch.bfloat16,torch.float64)
+    return o.float() if isinstance(o, torch.Tensor) and o.dtype in others else o
 
 def ordinary(o):
     "A tensor made in inference mode, which autograd may not use, as a copy that it may; else `o`"

@@ -82,8 +82,9 @@ class Taps:
         who='network',
         copies=None,  # The names of those that are overwritten later in the pass, where that is known
         first=None,   # For those whose shape would be misread, whether the channels come first, by name
+        double=True,  # Whether float64 is handed on as it is
     ):
-        self.model,self.who,self.on,self.handles = model,who,False,[]
+        self.model,self.who,self.double,self.on,self.handles = model,who,double,False,[]
         found = isinstance(names, dict)
         self.layers = names if found else {n: find_layer(model, n, x, who=who) for n in dict.fromkeys(names)}
         if copies is None and x is not None:
@@ -124,7 +125,7 @@ class Taps:
         raise ValueError(f'{what} did not run in this pass, so there is nothing to read')
     def hand(self, name, z):
         "An activation as it is handed on: half precision lifted, its channels where they are"
-        return told(lifted(z), self.first.get(name))
+        return told(lifted(z, self.double), self.first.get(name))
     @contextmanager
     def aside(self):
         "Read another pass without touching what the ordinary pass left"
