@@ -36,6 +36,7 @@ class Attributes:
             if v is _gone: now.pop(k, None)
             else: now[k] = v
 
+# %% ../../nbs/networks/00_as_it_was.ipynb #w305
 class Scripted:
     "The attributes that TorchScript keeps for a module, its mode among them"
     def __init__(self, owner):
@@ -77,12 +78,14 @@ class Container:
         elif isinstance(o, set): o.update(self.was)
         else: o.extend(self.was)
 
+# %% ../../nbs/networks/00_as_it_was.ipynb #w206b
 class Array:
     "The numbers of a NumPy array"
     def __init__(self, owner): self.owner,self.was = owner,owner.copy()
     def differs(self): return self.owner.tobytes()!=self.was.tobytes()
     def put_back(self): self.owner[...] = self.was
 
+# %% ../../nbs/networks/00_as_it_was.ipynb #w206d
 class Draws:
     "Where a module's own generator of random numbers is"
     def __init__(self, owner):
@@ -106,6 +109,7 @@ def memory(t):
     try: return t.untyped_storage().data_ptr()
     except (RuntimeError,NotImplementedError): return None           # a subclass made of other tensors
 
+# %% ../../nbs/networks/00_as_it_was.ipynb #w208
 class Numbers:
     "A tensor: its numbers, where they lie, its class, whether it wants a gradient and the one it has"
     def __init__(self, owner, copied=False):
@@ -231,6 +235,7 @@ def set_mode(model, training):
     try: model.train(training)
     except NotImplementedError: pass
 
+# %% ../../nbs/networks/00_as_it_was.ipynb #w217
 class AsItWas:
     "What `models` are now, to be put back; `but`: tensors that may change"
     def __init__(self, *models, but=()):

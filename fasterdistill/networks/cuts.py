@@ -29,6 +29,7 @@ class Forward:
         if self.was is None: vars(self.module).pop('forward', None)
         else: self.module.forward = self.was
 
+# %% ../../nbs/networks/08_cuts.ipynb #c113h
 def _is_info(o): return isinstance(o, Info)
 
 class Blanks:
@@ -118,6 +119,7 @@ def flipped(xb):
         return o.flip(dims if o.is_floating_point() else dims[:1])
     return [each(flip, o) for o in xb]
 
+# %% ../../nbs/networks/08_cuts.ipynb #c213c
 def _near(p, q, tol=1e-5):
     "Whether two tensors' prints tell the same values"
     return abs(p[0]-q[0]) <= 2*tol*p[1] and abs(p[1]-q[1]) <= tol*p[1]

@@ -105,6 +105,9 @@ class Keeping(TorchFunctionMode):
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is): return f(*args, **(kwargs or {}))
 
 # %% ../../nbs/networks/09_net.ipynb #p001
+View = namedtuple('View', 'pred fm')
+View.__doc__ = "What a pass returned: `pred`, and `fm`, the activations of the layers asked for that really ran in it"
+
 class Passes:
     "The extra passes of one network, and what they share"
     def __init__(self, model, who='network', inp=None, out=None, taps=None, sizes=None):
@@ -179,9 +182,6 @@ class Passes:
         return look(self.model, xb, {**self.read, **layers}.values(), prints=True)
 
 # %% ../../nbs/networks/09_net.ipynb #p002
-View = namedtuple('View', 'pred fm')
-View.__doc__ = "What a pass returned: `pred`, and `fm`, the activations of the layers asked for that really ran in it"
-
 class Net:
     "A network that can be run again, read at a layer and resumed from one; weights, averages and mode stay as they are"
     def __init__(self, model,
