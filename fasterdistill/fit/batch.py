@@ -35,6 +35,7 @@ def chosen(
         has = f'a batch has {len(names)} target(s), {", ".join(map(repr, names))}'
         raise ValueError(f'target={which!r}: {has}') from None
 
+# %% ../../nbs/fit/02_batch.ipynb #b001b
 def belonging(output, raw, yb):
     """Which of a batch's targets `yb` belongs to what `output` takes from `raw`, as `chosen` takes it: that of the same
     key, or of the same place where there are as many; None for the first. `ValueError` where it cannot be told"""
@@ -49,6 +50,7 @@ def belonging(output, raw, yb):
     raise ValueError(f'the student returns {len(heads)} things, of which output={output!r} is taken, and a batch has '
                      f'{len(targets)} targets: say which belongs to it with target=, a position, a key or a function')
 
+# %% ../../nbs/fit/02_batch.ipynb #b001e
 class Task:
     "What a Learner trains for: its loss function, its labels, and where its prediction is"
     def __init__(self,

@@ -27,6 +27,7 @@ def uncached(device):
     around = autocast_of(device)
     return around(cache_enabled=False) if around else nullcontext()
 
+# %% ../../nbs/networks/03_precision.ipynb #b103
 def _depth():
     "How many autocasts are open"
     n = torch.autocast_increment_nesting()-1

@@ -54,6 +54,7 @@ def ordinary(o):
     "A tensor made in inference mode, which autograd may not use, as a copy that it may; else `o`"
     return o.clone() if isinstance(o, torch.Tensor) and o.is_inference() else o
 
+# %% ../../nbs/networks/01_record.ipynb #t101
 def tensors(o):
     "The tensors in a (nested) input or output"
     return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
