@@ -5,6 +5,7 @@ import sys
 from collections import OrderedDict
 from contextlib import ExitStack,contextmanager
 from functools import partial
+from importlib.metadata import version
 from unittest.mock import patch
 
 import numpy as np
@@ -164,6 +165,10 @@ def hf_vit(width=16, s=0, **config):
     return ViTForImageClassification(ViTConfig(
         hidden_size=width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=2*width,
         image_size=8, patch_size=2, num_channels=1, num_labels=10, **config))
+
+def hf_block(path):
+    "The activation of a block: transformers 4 returns it in a tuple"
+    return path if int(version('transformers').partition('.')[0])>=5 else f'{path}[0]'
 
 def lstm(w): return dict(emb_sz=2*w, n_hid=3*w, n_layers=2)
 

@@ -16,7 +16,8 @@ import test_processes
 import torch
 import torch.nn.functional as F
 from common import (KD,At,HalfCPU,StepLosses,Real,Rounded,X,Y,_block,assert_close,assert_same,cpu,floating,furthest,
-                    get_dls,hf_vit,kl_each,learner,left,loud,lr,lstm,net,raising,rnn,seed,state,tuples,unlabelled)
+                    get_dls,hf_block,hf_vit,kl_each,learner,left,loud,lr,lstm,net,raising,rnn,seed,state,tuples,
+                    unlabelled)
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix,MixUp
@@ -410,7 +411,7 @@ tasks = {
         cuts=[['0.rnns.1[0]','1.decoder']]),
     'text classification (BERT)': Task(
         make=bert, dls=snippets, loss=partial(OfDict, 'logits'), select=lambda o: o['logits'], output='logits',
-        found=[f'bert.encoder.layer.{i}' for i in range(4)], lr=.01),
+        found=[hf_block(f'bert.encoder.layer.{i}') for i in range(4)], lr=.01),
     'signals (1-D convolutions)': Task(make=over(1), dls=signals),
     'volumes (3-D convolutions)': Task(make=over(3), dls=volumes),
     'tabular (two inputs)': Task(**tabled),

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from common import hf_block
 from torch import nn
 
 from fasterdistill.networks.adapters import bridge,exit_head,regressor
@@ -197,11 +198,12 @@ def mlp(*widths, first=()):
 
 text,row = torch.randint(2, 50, (4,30)),(torch.ones(4, 2).long(),torch.randn(4, 3))
 def layers(path, *numbers): return [path.format(n) for n in numbers]
+def blocks(path, *numbers): return [hf_block(n) for n in layers(path, *numbers)]
 deep = {
-    'BERT, 6 blocks': (lambda: bert(6), text, layers('bert.encoder.layer.{}', 1, 2, 4, 5)),
-    'BERT, 2 blocks': (lambda: bert(2), text, layers('bert.encoder.layer.{}', 0, 1)),
+    'BERT, 6 blocks': (lambda: bert(6), text, blocks('bert.encoder.layer.{}', 1, 2, 4, 5)),
+    'BERT, 2 blocks': (lambda: bert(2), text, blocks('bert.encoder.layer.{}', 0, 1)),
     'ALBERT': (albert, text, None),
-    'GPT-2': (gpt2, text, layers('transformer.h.{}', 1, 2, 4, 5)),
+    'GPT-2': (gpt2, text, blocks('transformer.h.{}', 1, 2, 4, 5)),
     'AWD_LSTM, language model': (lambda: awd('get_language_model', 'lm'), text, layers('0.rnns.{}[0]', 0, 1, 2)),
     'AWD_LSTM, classifier': (lambda: awd('get_text_classifier', 'clas', n_class=2), text,
                              layers('0.module.rnns.{}[0]', 0, 1, 2)),
@@ -224,6 +226,6 @@ def test_stages_of_texts_and_tables(name):
     found = stages(make(), x)
     if name=='ALBERT':                                   # one module that runs eight times
         *_,last = found
-        want = [f'{last.name.partition("#")[0]}#{n}' for n in (2,4,6,8)]
+        want = [hf_block(f'{last.name.partition("#")[0]}#{n}') for n in (2,4,6,8)]
     assert [s.name for s in found]==want
     assert all(s.size==((30,) if x is text else ()) for s in found)
