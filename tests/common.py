@@ -166,9 +166,10 @@ def hf_vit(width=16, s=0, **config):
         hidden_size=width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=2*width,
         image_size=8, patch_size=2, num_channels=1, num_labels=10, **config))
 
+hf_old = int(version('transformers').partition('.')[0])<5
 def hf_block(path):
     "The activation of a block: transformers 4 returns it in a tuple"
-    return path if int(version('transformers').partition('.')[0])>=5 else f'{path}[0]'
+    return f'{path}[0]' if hf_old else path
 
 def lstm(w): return dict(emb_sz=2*w, n_hid=3*w, n_layers=2)
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from common import hf_block
+from common import hf_block,hf_old
 from torch import nn
 
 from fasterdistill.networks.adapters import bridge,exit_head,regressor
@@ -133,6 +133,9 @@ def small(*more):
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), *more)
 
 resnet,mobile = ['backbone.relu','backbone.layer1','backbone.layer4'],['backbone.3','backbone.6','backbone.16']
+segformers = [f'segformer.stages.{i}' for i in range(4)]
+if hf_old:                                               # transformers 4 has no module for a stage
+    segformers = [*(f'segformer.encoder.layer_norm.{i}' for i in range(3)),'segformer.encoder[last_hidden_state]']
 dense = {
     'FCN': (lambda: segmentation('fcn_resnet50'), resnet),
     'FCN, auxiliary': (lambda: segmentation('fcn_resnet50', aux_loss=True), resnet),
@@ -144,7 +147,7 @@ dense = {
     'DeepLab, mobile, auxiliary': (lambda: segmentation('deeplabv3_mobilenet_v3_large', aux_loss=True), mobile),
     'LR-ASPP': (lambda: segmentation('lraspp_mobilenet_v3_large'), mobile),
     'U-Net': (unet, ['layers.0.4','layers.0.5','layers.0.6','layers.3']),
-    'SegFormer': (segformer, [f'segformer.stages.{i}' for i in range(4)]),
+    'SegFormer': (segformer, segformers),
     'a head in the middle': (Deep, ['a','b','c']),
     'logits alone': (lambda: small(nn.Conv2d(8, 5, 1)), ['1','3']),
     'logits made larger': (lambda: small(nn.Conv2d(8, 5, 1), nn.Upsample(scale_factor=4)), ['1','3']),
