@@ -12,7 +12,7 @@ from fasterdistill.loss import DistillLoss,TaskLoss
 from fasterdistill.networks import Net,activations,find_layer,look
 
 class Shared(nn.Module):
-    "One activation for all, three times inside of blocks and twice outside; a tuple between; a network of its own inside"
+    "One activation for all, three times inside of blocks and twice outside; a tuple between"
     def __init__(self, s=0):
         super().__init__()
         seed(s)
@@ -32,8 +32,8 @@ class Two(nn.Module):
         self.conv = nn.Conv2d(8, 8, 1)
     def forward(self, z): return self.conv(z),z*2
 
-names = ['layer1','layer2:pre','relu','relu#2','relu#3','relu#3:in','relu#4','relu#5','relu#5:in','mid','two[0]','two[1]',
-         'layer3:in','stage2','fc:in','embedding','output']
+names = ['layer1','layer2:pre','relu','relu#2','relu#3','relu#3:in','relu#4','relu#5','relu#5:in','mid','two[0]',
+         'two[1]','layer3:in','stage2','fc:in','embedding','output']
 
 def counted(model, run):
     "What `run()` returns, and how often it called each module without children"
@@ -139,7 +139,8 @@ def test_errors():
     m = net()
     n = Net(m, X[:4])
     with pytest.raises(ValueError, match="has no layer 'leyer2'; nearest: 'layer"): n(X[:4], until='leyer2')
-    with pytest.raises(ValueError, match="the layer 'layer2#2' of the network .* did not run"): n(X[:4], until='layer2#2')
+    with pytest.raises(ValueError, match="the layer 'layer2#2' of the network .* did not run"):
+        n(X[:4], until='layer2#2')
     class Broken(Exception): pass
     def broken(*_): raise Broken
     h = m.layer1.register_forward_pre_hook(broken)
