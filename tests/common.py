@@ -291,7 +291,8 @@ def flags(m):
 _hooks = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks',
           '_forward_hooks_with_kwargs','_forward_hooks_always_called','_forward_pre_hooks_with_kwargs')
 
-def _hooked(model):
+def hooked(model):
+    "Where a network still has hooks or a patched `forward`"
     for n,o in model.named_modules():
         yield from ((n,k) for k in _hooks if getattr(o, k, None))
         if 'forward' in vars(o): yield n,'forward'
@@ -310,7 +311,7 @@ def _of_teacher(t):
 
 def left(learn, *teachers):
     "What a fit has left behind that does not belong there; empty after every fit"
-    res = [o for m in (learn.model,*teachers) for o in _hooked(m)]
+    res = [o for m in (learn.model,*teachers) for o in hooked(m)]
     if learn.opt is not None: res += _in_optimizer(learn)
     res += [f'metric {m.name}' for m in learn.metrics if m.name!='accuracy']
     ours = [cb for cb in learn.cbs if type(cb).__module__.startswith('fasterdistill')]
