@@ -69,9 +69,13 @@ class Row:
         self.weight = '*'.join(map(shown, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
         self.first = 0. if term.loss.start else term.weight(0., 0.)   # of the fit's first step
-        read = [(term.layers[who],side) for who,side in opening.sides.items() if term.layers[who]]
+        sides = {who: side for who,side in opening.sides.items() if term.layers[who]}
+        declared = {who: term.loss.declared(term.layers[who], who) for who in sides}
+        read = [(layers,sides[who]) for who,layers in declared.items() if layers]
         texts = [[_layer(k, n, side) for k,n in layers.items()] for layers,side in read]
         self.layers = [' → '.join(pair) for pair in zip(*texts, strict=True)]
+        self.layers += [f'also {_layer(k, n, side)}' for who,side in sides.items()
+                        for k,n in term.layers[who].items() if k not in declared[who]]
         stages = [[side.sizes.get(n) for n in layers.values()] for layers,side in read]
         self.stages = list(zip(*stages, strict=True)) if len(stages)==2 else []
     @property

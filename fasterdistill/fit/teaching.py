@@ -64,6 +64,7 @@ class Teaching:
         self.opening = o
         for doubt in o.doubts: warnings.warn(doubt)
         self.findings.update(o.findings)
+        self.columns.take_in(self.terms)                 # how many layers there are may say what is logged
         for side in o.both:
             for text in frozen(side): side.found.say(text)
         self.untrained = [(b, b.clone()) for b in o.student.buffers()]
