@@ -12,9 +12,9 @@ from fasterdistill.loss import TaskLoss
 timm = pytest.importorskip('timm')
 
 def _vision_model():
-    "The body and head that `vision_learner` makes, with random weights"
+    "The body and head that `vision_learner` makes, with random weights, without dropout"
     from fastai.vision.learner import create_vision_model
-    return create_vision_model(resnet18, 5, pretrained=False)
+    return create_vision_model(resnet18, 5, pretrained=False, ps=0.)
 
 def _vit(size):
     shape = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2)

@@ -126,7 +126,7 @@ class FRSKD(DistillLoss):
     ):
         "What the self-teacher says of `x`, and its maps by the names of the stages, for `show_attention`"
         with reading(model), self.untouched(), torch.no_grad():
-            return self.ask(stage_maps(self, Net(model, x, self.names)(x).fm, (x,)))
+            return self.ask(stage_maps(self, Net(model, x, self.names)(x, bn='eval').fm, (x,)))
 
 def _of_maps(feature):
     "The loss that compares maps, a copy; None for none. `ValueError` where it reads more"
