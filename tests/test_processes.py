@@ -19,6 +19,7 @@ from torch import nn
 
 from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,steps
 from fasterdistill.losses.cc import CC
+from fasterdistill.losses.crd import CRD
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
@@ -113,6 +114,7 @@ cases = dict(                                                  # loss, and callb
     sp           = (lambda: TaskLoss()+300*SP(), None),
     pkt          = (lambda: TaskLoss()+3000*PKT(), None),
     cc           = (lambda: TaskLoss()+100*CC('paper'), None),
+    crd          = (lambda: TaskLoss()+.8*CRD(width=16), None),
     infonce      = (lambda: TaskLoss()+Unlike(), None),
     infonce_raw  = (lambda: TaskLoss()+Unlike(tau=.01, normalize=False, symmetric=True), None),
     infonce_all  = (lambda: TaskLoss()+Unlike(symmetric=True, mask_same_class=True, learn_tau=True), None),

@@ -26,7 +26,7 @@ from fasterdistill.losses.cc import CC
 from fasterdistill.losses.dist import DIST
 from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.embedding import SRD,Cosine
-from fasterdistill.losses.fitnet import FitNet
+from fasterdistill.losses.fitnet import FitNet,hint,pointwise
 from fasterdistill.losses.fsp import FSP,fsp_matrix
 from fasterdistill.losses.gradient_attention import GradientAttention,input_gradient
 from fasterdistill.losses.infonce import InfoNCE
@@ -131,7 +131,6 @@ def maps(v): return dict(fm_s=dict(a=v['in_fs']), fm_t=dict(a=v['in_ft']))
 def embedded(v): return dict(fm_s=dict(a=v['in_embed_s']), fm_t=dict(a=v['in_embed_t']))
 def swapped(v): return dict(fm_s=dict(a=v['in_ft']), fm_t=dict(a=v['in_fs']))
 def map_and_tokens(v): return dict(fm_s=dict(a=v['in_student_map']), fm_t=dict(a=v['in_teacher_tokens']))
-def pointwise(s, t): return nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
 def cross_entropy(v):
     z = v['in_zs'].astype(float)
     log_p = z-np.log(np.exp(z).sum(1, keepdims=True))
@@ -281,8 +280,8 @@ refs = [
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
-        of_fs|{'adapters.0.weight':'grad_conv1x1_weight'}, 'projector_1x1__',
-        {'adapters.0.weight':'par_conv1x1_weight'}, id='fitnet-projector'),
+        of_fs|{'adapters.0.conv.weight':'grad_conv1x1_weight'}, 'projector_1x1__',
+        {'adapters.0.conv.weight':'par_conv1x1_weight'}, id='fitnet-projector'),
     ofa_ref('code_T1'), ofa_ref('code_T4', T=4), ofa_ref('paper', form='paper'),
     infonce_ref('cosine_s2t'), infonce_ref('rawdot_s2t', normalize=False),
     infonce_ref('cosine_symmetric_mean', symmetric=True), infonce_ref('cosine_t2s', swapped),
@@ -310,7 +309,7 @@ later = {                                           # what no row of `refs` read
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None,
-    'at_gradient': None, 'simkd': None, 'frskd_classification': None, 'sla': None}
+    'at_gradient': None, 'simkd': None, 'frskd_classification': None, 'sla': None, 'crd': None, 'sskd': None}
 
 def test_every_vector_is_used():
     "No value or gradient lies here unread, but those another page's loss is for, or that only differ in scale"
@@ -943,10 +942,29 @@ def np_srd(l, par, fm_s, fm_t):
         total += np.log((np.abs(s-t)**l.alpha).sum())
     return total
 
-formulas_of_parts = {VID:np_vid, ReviewKD:np_reviewkd, SRD:np_srd}
+def np_larger_conv(z, w):
+    "Of any kernel, without a border: place by place"
+    h,w_ = w.shape[2:]
+    H,W = (n-k+1 for n,k in zip(z.shape[2:], (h,w_), strict=True))
+    places = [np.tensordot(z[:,:,i:i+h,j:j+w_], w, ((1,2,3),(1,2,3))) for i in range(H) for j in range(W)]
+    return np.stack(places, -1).reshape(len(z), len(w), H, W)
+
+def np_hint(l, par, fm_s, fm_t):
+    "Behind a valid convolution over the difference of sizes, BatchNorm and ReLU"
+    total = 0.
+    for i,(s,t) in enumerate(zip(fm_s.values(), fm_t.values(), strict=True)):
+        conv,*norm = (par[f'adapters.{i}.{o}'] for o in ('conv.weight','conv.bias','bn.weight','bn.bias'))
+        z = np_larger_conv(s.astype(float), conv)+norm[0][:,None,None]
+        total += ((relu(np_norm(z, *norm[1:]))-t)**2).mean()
+    return total
+
+def through_a_hint(): return FitNet(hint)
+
+formulas_of_parts = {VID:np_vid, ReviewKD:np_reviewkd, SRD:np_srd, FitNet:np_hint}
 stages_and_vector = some_maps(((5,3,8,6),(5,7,8,6)), ((5,4,5,3),(5,2,5,3)), ((5,6,1,1),(5,4,1,1)))
 derived_parts = [*[(VID, g) for g in (even_maps,unequal)], (ReviewKD, stages_and_vector), (ReviewKD, deep),
-                 (SRD, some_maps(((5,9),(5,7)), ((5,6,3,4),(5,4,2,5))))]
+                 (SRD, some_maps(((5,9),(5,7)), ((5,6,3,4),(5,4,2,5)))),
+                 (through_a_hint, some_maps(((5,3,6,7),(5,4,3,5)), ((5,2,5,5),(5,3,5,5))))]
 
 def parts_of(make, given, rng):
     "Arrays for the parts that the loss learns"
