@@ -145,19 +145,20 @@ class Teaching:
 
 # %% ../../nbs/fit/08_teaching.ipynb #t007
 @contextmanager
-def around_fit(teaching, columns=True):
-    "Everything between the start of `Learner.fit` and any way out of it"
+def around_fit(teaching, columns=True, more=()):
+    "Everything between the start of `Learner.fit` and any way out of it; `more` callbacks are on the Learner meanwhile"
+    late = teaching.late,*more
     learn,grad,stance,autocast = teaching.learn,torch.is_grad_enabled(),stance_kept(),autocast_kept()
     def tidy():
         teaching.close()
         torch.set_grad_enabled(grad)
         stance()
         autocast()
-        learn.remove_cb(teaching.late)
+        for cb in late: learn.remove_cb(cb)
         teaching.columns.hide(learn)
     try:
         if columns: teaching.columns.show(learn)
-        learn.add_cb(teaching.late)
+        for cb in late: learn.add_cb(cb)
         yield
     finally:
         try: tidy()
