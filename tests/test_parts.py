@@ -26,7 +26,7 @@ from fasterdistill.networks.net import Net
 
 losses = dict(ofa=OFA, infonce=lambda: InfoNCE(learn_tau=True), tas=TAS, fitnet=FitNet, uskd=USKD)
 each = pytest.mark.parametrize('make', losses.values(), ids=losses)
-worst = partial(SaveModelCallback, comp=np.greater)           # of epochs that get better it takes the first
+first = partial(SaveModelCallback, comp=lambda now, best: np.isinf(best))     # the first epoch is the best
 
 class Epochs(Callback):
     "What student and loss are after each epoch"
@@ -69,7 +69,7 @@ def of_epoch(learn, epochs):
 def test_parts_follow_the_best_student(make):
     "Both are of the first epoch, and were something else after the last one; fastai reads its file as ever"
     learn,kd,epochs = distilling(make)
-    learn.fit(3, cbs=worst())
+    learn.fit(3, cbs=first())
     assert of_epoch(learn, epochs)==([0],[0])
     assert left(learn)==[]
     plain = learner(student()).load('model')
@@ -89,7 +89,7 @@ def test_the_last_epoch_may_be_the_best():
 def test_what_the_optimizer_knows(with_opt, opt):
     "With the student's optimizer that of the parts goes back, and without stays; the next fit goes on with it"
     learn,kd,epochs = distilling(opt_func=opt)
-    learn.fit(3, 1e-3, cbs=worst(with_opt=with_opt))
+    learn.fit(3, 1e-3, cbs=first(with_opt=with_opt))
     assert of_epoch(learn, epochs)==([0],[0])
     steps = Steps(epochs.loss)
     learn.fit(1, 1e-3, cbs=steps)
@@ -103,7 +103,7 @@ def test_goes_on_as_if_the_later_epochs_had_not_been():
         learn.dls.train.rng = random.Random(0)
         learn.fit(n, **kwargs)
         return learn,epochs
-    learn,epochs = fit(3, cbs=worst(with_opt=True))
+    learn,epochs = fit(3, cbs=first(with_opt=True))
     again,short = fit(1)
     for o in (learn,again):
         o.dls.train.rng = random.Random(1)
@@ -113,16 +113,16 @@ def test_goes_on_as_if_the_later_epochs_had_not_been():
 
 def test_a_name_and_a_folder_of_ones_own(tmp_path):
     learn,kd,epochs = distilling(model_dir='kept')
-    learn.fit(2, cbs=worst(fname='best.of.all'))
+    learn.fit(2, cbs=first(fname='best.of.all'))
     assert of_epoch(learn, epochs)==([0],[0])
     assert sorted(os.listdir('kept'))==['best.of.all.parts.pth','best.of.all.pth']
 
 def test_two_that_save():
     "The one that loads last decides, of students as of parts"
     learn,kd,epochs = distilling()
-    learn.fit(3, cbs=[worst(fname='worst'),SaveModelCallback(fname='best')])
+    learn.fit(3, cbs=[first(fname='first'),SaveModelCallback(fname='best')])
     assert of_epoch(learn, epochs)==([2],[2])
-    assert_same(torch.load('models/worst.parts.pth', weights_only=True), epochs.parts[0])
+    assert_same(torch.load('models/first.parts.pth', weights_only=True), epochs.parts[0])
 
 @pytest.mark.parametrize('every', [True,2])
 def test_every_epoch(every):
@@ -137,13 +137,13 @@ def test_every_epoch(every):
 
 def test_at_end():
     learn,kd,epochs = distilling()
-    learn.fit(2, cbs=worst(at_end=True))
+    learn.fit(2, cbs=first(at_end=True))
     assert of_epoch(learn, epochs)==([1],[1])
     assert_same(torch.load('models/model.parts.pth', weights_only=True), epochs.parts[1])
 
 def test_early_stopping():
     learn,kd,epochs = distilling()
-    learn.fit(9, cbs=[worst(), EarlyStoppingCallback(comp=np.greater, patience=2)])
+    learn.fit(9, cbs=[first(), EarlyStoppingCallback(comp=np.greater, patience=2)])
     assert len(epochs.parts)==3
     assert of_epoch(learn, epochs)==([0],[0])
 
@@ -157,21 +157,21 @@ def test_a_fit_that_is_cancelled_in_an_epoch():
 def test_no_epoch_is_better():
     "A second fit that betters nothing brings back the best of the first"
     learn,kd,epochs = distilling()
-    save = worst(reset_on_fit=False)
+    save = first(reset_on_fit=False)
     learn.fit(2, cbs=save)
     learn.fit(2, cbs=save)
     assert of_epoch(learn, epochs)==([0],[0])
 
 @pytest.mark.filterwarnings('error::UserWarning')
 def test_lr_find_saves_and_loads_nothing():
-    learn,kd,epochs = distilling(OFA, None, worst())
+    learn,kd,epochs = distilling(OFA, None, first())
     learn.lr_find(show_plot=False, num_it=3)
     assert [o for o in os.listdir('models') if 'model' in o]==[]
 
 @pytest.mark.parametrize('make', [SoftTarget,lambda: FitNet(adapter=None).at('pool')], ids=['logits','no adapter'])
 def test_nothing_learned_nothing_kept(make):
     learn,kd,epochs = distilling(make, net(8))
-    learn.fit(2, cbs=worst())
+    learn.fit(2, cbs=first())
     assert os.listdir('models')==['model.pth']
     assert of_epoch(learn, epochs)[0]==[0]
 
@@ -179,12 +179,12 @@ def test_nothing_learned_nothing_kept(make):
 @pytest.mark.parametrize('lost', ['gone','of another loss'])
 def test_a_warning_says_what_stays(lost):
     "A student that another fit saved is the best still"
-    save = worst(reset_on_fit=False)
+    save = first(reset_on_fit=False)
     other,_,_ = distilling(FitNet)
     other.fit(1, cbs=save)
     if lost=='gone': os.remove('models/model.parts.pth')
     learn,kd,epochs = distilling(OFA)
-    save.best = float('inf')
+    save.best = 0.
     why = 'there is no' if lost=='gone' else 'does not fit'
     with pytest.warns(UserWarning, match=f'(?s)save_model has brought back.*OFA.*stays as after the last epoch.*{why}'):
         learn.fit(2, cbs=save)
@@ -196,9 +196,9 @@ def test_a_resumed_fit():
     class Stop(Exception): ...
     stopped,_,before = distilling()
     with pytest.raises(Stop):
-        stopped.fit(3, cbs=[worst(), Checkpoint('run'), At('before_train', raising(Stop), skip=2)])
+        stopped.fit(3, cbs=[first(), Checkpoint('run'), At('before_train', raising(Stop), skip=2)])
     learn,kd,epochs = distilling()
-    learn.fit(3, cbs=[worst(), Checkpoint('run', resume=True)])
+    learn.fit(3, cbs=[first(), Checkpoint('run', resume=True)])
     assert_same(state(learn.model), before.student[0])
     assert_same(state(epochs.loss), before.parts[0])
 
@@ -217,7 +217,7 @@ def test_epochs_that_a_resumed_fit_passes_over_are_not_written_again():
 
 def test_a_write_that_dies_leaves_the_file_before(monkeypatch):
     learn,kd,epochs = distilling()
-    learn.fit(1, cbs=worst())
+    learn.fit(1, cbs=first())
     def half(state, f, **kwargs):
         f.write_bytes(b'half of it')
         raise OSError('no space left')
@@ -228,7 +228,7 @@ def test_a_write_that_dies_leaves_the_file_before(monkeypatch):
 
 def test_learners_without_distillation_save_as_ever():
     learn = learner(student())
-    learn.fit(2, cbs=worst())
+    learn.fit(2, cbs=first())
     assert os.listdir('models')==['model.pth']
 
 # ---- without a fit ----

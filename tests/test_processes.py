@@ -96,7 +96,7 @@ class Unlike(InfoNCE):
 def accumulate(n): return [GradientAccumulation(64//n)]
 def clip(n): return [GradientClip(.05)]
 def both(n): return accumulate(n)+clip(n)
-def worst(n): return [SaveModelCallback(comp=np.greater, with_opt=True)]     # of two epochs the first
+def first(n): return [SaveModelCallback(comp=lambda now, best: np.isinf(best), with_opt=True)]     # of the epochs
 
 cases = dict(                                                  # loss, and callbacks for n processes
     soft_target  = (SoftTarget, None),
@@ -109,7 +109,7 @@ cases = dict(                                                  # loss, and callb
     rare         = (lambda: TaskLoss()+Rare(9), None),
     rarer        = (lambda: TaskLoss()+Rare(8), None),
     twice        = (lambda: TaskLoss()+FitNet(conv), None),
-    saved        = (lambda: TaskLoss()+FitNet(conv), worst),
+    saved        = (lambda: TaskLoss()+FitNet(conv), first),
     which        = (lambda: TaskLoss()+.1*Which(), None),
     in_batch     = (lambda: TaskLoss()+InBatch(), None),
     alike        = (lambda: TaskLoss()+100*Alike(), None),
