@@ -90,7 +90,7 @@ class Term:
         "`ValueError` for a teacher without what this term needs, or layers that cannot be"
         need = sorted(self.needs & {'teacher_pred','fm_t','teacher'})
         if teacher is None and need: raise ValueError(f'{self} reads {need[0]!r}, but the teacher is None')
-        if need and need!=['teacher_pred'] and teacher.model is None:
+        if need and need!=['teacher_pred'] and not teacher.readable:
             raise ValueError(f'{self} reads the layers of one network, which {teacher!r} does not have: '
                              'give a single teacher')
         if self.spec==(None,None) and self.needs & {'fm_s','fm_t'}:
