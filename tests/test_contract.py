@@ -272,6 +272,32 @@ def test_student_comes_out_plain(cls, tmp_path):
     assert not traces(got)
     with torch.no_grad(): assert torch.equal(got.eval()(X[:9]), deepcopy(r.student).eval()(X[:9]))
 
+def everything(r):
+    "All that the state dicts of both networks and of the loss hold"
+    both = dict(student=r.student, teacher=r.teacher, loss=r.loss)
+    states = {who: m.state_dict() for who,m in both.items() if m is not None}
+    return {f'{who}.{k}': v.clone() for who,state in states.items() for k,v in state.items()}
+
+class Opened(Callback):
+    "The state when the fit is open, with nothing trained"
+    order,run_valid = Watch.order,False
+    def __init__(self, r):
+        super().__init__()
+        self.r,self.states = r,[]
+    def before_batch(self): self.states.append(everything(self.r))
+
+@each
+def test_plan_and_trial_leave_no_trace(cls):
+    "Averages too, although extra passes may move them in training"
+    r = ready(cls, fits(cls))
+    was,opened = everything(r),Opened(r)
+    r.kd.plan(r.learn)
+    assert same(everything(r), was)
+    r.learn.add_cb(opened)
+    fit(r)
+    now = opened.states[0]
+    assert same({k: now[k] for k in was}, was)                                   # what was built then has no before
+
 @each
 def test_nothing_stays(cls):
     "No hook, `forward` or attribute after a fit; while it ran there were hooks where activations are read"

@@ -165,6 +165,7 @@ class Opening:
         if teacher is not None:
             stack.callback(teacher.close)
             teacher.setup(learn)
+            teacher.predicts_as(self.task.prediction)
         xb = tuple(cloned(tupled(learn.xb)))
         with rng_kept(*tensors(xb)), torch.no_grad(), uncached(self.task.device), as_it_was(*self.networks):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
