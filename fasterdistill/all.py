@@ -20,7 +20,7 @@ from .networks.layouts import pooled,to_map
 from .networks.stages import stages
 from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
 from .task import gather
-from .teachers import Called,Ensemble,Frozen,Teacher,as_teacher
+from .teachers import EMA,Called,Ensemble,Frozen,Teacher,as_teacher
 
 def _is_loss(o): return isinstance(o, type) and issubclass(o, DistillLoss)
 

@@ -72,6 +72,7 @@ class KnowledgeDistillationCallback(Quick):
         self.weight,self.schedule,self.columns = weight,schedule,columns
         self.output,self.target,self.ignore_index = output,target,ignore_index
         self.suits = self.loss is None                   # the loss is the one that suits the Learner
+        self.skipped = False                             # whether the step that ends now was none of the optimizer's
         self.teaching,self.learned,self.shown = None,None,None   # of the fit under way, or of the last one
         self.kept,self.past,self.findings = None,[],{}   # a file to go on from; epochs; what is known of the networks
         check_share(weight, schedule)
@@ -86,10 +87,11 @@ class KnowledgeDistillationCallback(Quick):
         return f'{type(self).__name__}({self.teacher!r}, {self.loss!r}{more})'
     def __reduce__(self): return Callback,()             # a pickled Learner loads where this package is not
     def __deepcopy__(self, memo):
-        "The callback of a copied Learner goes on where that one was; the teacher is shared"
+        "The callback of a copied Learner goes on where that one was; a teacher that does not change is shared"
         res = type(self).__new__(type(self))
         memo[id(self)] = res
-        now = dict(teacher=self.teacher, teaching=None, learned=None, shown=None, findings={})
+        teacher = self.teacher and self.teacher.copied(memo)
+        now = dict(teacher=teacher, teaching=None, learned=None, shown=None, findings={})
         if self.learned is not None:
             going_on = self.learn is not None and self.learn.opt is self.learned.opt
             now['learned'] = copied(self.learned, memo, going_on)
@@ -142,16 +144,19 @@ class KnowledgeDistillationCallback(Quick):
         learn.yb = torch.zeros(n, device=task.device),   # and takes no step where there is no target
     def after_backward(self): self.learned.mean_grads()
     def before_step(self): self.learned.rejoin()
+    def after_cancel_step(self): self.skipped = True
     def after_step(self):
         self.learned.note()
-        if self.teacher is not None: self.teacher.after_step(self.learn)
+        if self.teacher is not None and not self.skipped: self.teacher.after_step(self.learn)
+        self.skipped = False
     def after_batch(self): self.teaching.after_batch()
 
     def state_dict(self):
-        "What a fit that goes on needs of the losses; the student and the teacher are not in it"
+        "What a fit that goes on needs of the losses, and of a teacher that changes; the student is not in it"
         if self.loss is None: return dict(loss=None)
         parts = LearnedParts(self.loss) if self.learned is None else self.learned
-        return dict(kept_parts(parts), history=list(self.past))
+        teacher = {} if self.teacher is None else self.teacher.state_dict()
+        return dict(kept_parts(parts), history=list(self.past), teacher=teacher)
     def load_state_dict(self, state):
         "Go on from what `state_dict` returned, at the next fit's first batch; `ValueError` if of another loss"
         check_kept(self.loss, state)
@@ -187,6 +192,7 @@ class KnowledgeDistillationCallback(Quick):
         "The `Opening` of a fit on one batch, and afterwards everything as it was but `parts`"
         networks = self.teacher.networks() if self.teacher is not None else []
         with devices_kept(networks), a_batch(learn), precision(learn), ExitStack() as stack:
+            if self.teacher is not None: stack.callback(self.teacher.put_back_later())
             yield Opening(learn, self.teacher, terms, parts, stack, self.task_of, **kwargs)
     @property
     def parts(self):

@@ -68,6 +68,8 @@ class Row:
         self.term,self.value = term,opening.values.get(term.name)
         self.weight = '*'.join(map(shown, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
+        grows = opening.teacher is not None and opening.teacher.changes and term.asks_teacher
+        self.later = bool(grows or term.loss.start)      # what it is worth at first tells nothing
         self.first = 0. if term.loss.start else term.weight(0., 0.)   # of the fit's first step
         sides = {who: side for who,side in opening.sides.items() if term.layers[who]}
         declared = {who: term.loss.declared(term.layers[who], who) for who in sides}
@@ -99,7 +101,7 @@ def advice(rows):
     total = sum(worth)
     for r in rows:
         if r.worth is None: res.append(f'{r.term} needs more items than this batch holds and was left out')
-        elif r.first!=0 and len(worth)>1 and r.worth<1e-3*total:
+        elif r.first!=0 and len(worth)>1 and r.worth<1e-3*total and not r.later:
             res.append(f'{r.term} is {r.worth/total:.1e} of the loss at the start: '
                        f'is a weight of {r.weight} what you want?')
     res += [f'{r.term} pairs maps of unequal size: the stages were matched by depth, or named so; '

@@ -95,7 +95,7 @@ class Term:
         "`ValueError` for a teacher without what this term needs, or layers that cannot be"
         need = sorted(self.needs & {'teacher_pred','fm_t','teacher'})
         if teacher is None and need: raise ValueError(f'{self} reads {need[0]!r}, but the teacher is None')
-        if need and need!=['teacher_pred'] and teacher.model is None:
+        if need and need!=['teacher_pred'] and not teacher.readable:
             raise ValueError(f'{self} reads the layers of one network, which {teacher!r} does not have: '
                              'give a single teacher')
         bare = [who for who,name in _maps.items() if name in self.needs and not self.loss.beside(who)]
