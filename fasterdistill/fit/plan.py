@@ -68,7 +68,8 @@ class Row:
         self.term,self.value = term,opening.values.get(term.name)
         self.weight = '*'.join(map(shown, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
-        self.first = 0. if term.loss.start else term.weight(0., 0.)   # of the fit's first step
+        later = term.loss.start or term.loss.rests       # what it is on one batch, at the start, tells nothing
+        self.first = 0. if later else term.weight(0., 0.)
         read = [(term.layers[who],side) for who,side in opening.sides.items() if term.layers[who]]
         texts = [[_layer(k, n, side) for k,n in layers.items()] for layers,side in read]
         self.layers = [' → '.join(pair) for pair in zip(*texts, strict=True)]
