@@ -469,6 +469,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterdistill.fit.plan._layer': ('fit/plan.html#_layer', 'fasterdistill/fit/plan.py'),
                                         'fasterdistill.fit.plan._left': ('fit/plan.html#_left', 'fasterdistill/fit/plan.py'),
                                         'fasterdistill.fit.plan._meant': ('fit/plan.html#_meant', 'fasterdistill/fit/plan.py'),
+                                        'fasterdistill.fit.plan._torchs_draws': ( 'fit/plan.html#_torchs_draws',
+                                                                                  'fasterdistill/fit/plan.py'),
                                         'fasterdistill.fit.plan._whole': ('fit/plan.html#_whole', 'fasterdistill/fit/plan.py'),
                                         'fasterdistill.fit.plan.a_batch': ('fit/plan.html#a_batch', 'fasterdistill/fit/plan.py'),
                                         'fasterdistill.fit.plan.advice': ('fit/plan.html#advice', 'fasterdistill/fit/plan.py'),

@@ -14,11 +14,16 @@ from ..loss import shown
 from ..networks.record import device_of,rng_kept
 
 # %% ../../nbs/fit/07_plan.ipynb #p001
+def _torchs_draws(dl):
+    "The generators that a loader of torch was given, each with its state"
+    given = {id(g): g for g in (getattr(o, 'generator', None) for o in (dl,getattr(dl, 'sampler', None)))}
+    return [(g, g.get_state()) for g in given.values() if isinstance(g, torch.Generator)]
+
 @contextmanager
 def a_batch(learn):
     "A Learner at one batch of its training data, and afterwards as it was"
     dl,was = learn.dls.train,{k: vars(learn).get(k) for k in ('xb','yb')}
-    rng = getattr(dl, 'rng', None)
+    rng,draws = getattr(dl, 'rng', None),_torchs_draws(dl)
     state = None if rng is None else rng.getstate()
     try:
         with rng_kept(next(learn.model.parameters(), None)):
@@ -32,6 +37,7 @@ def a_batch(learn):
         if rng is not None:
             dl.rng = rng
             rng.setstate(state)
+        for g,now in draws: g.set_state(now)
 
 def precision(learn):
     "The autocast that `MixedPrecision` has in training, for a pass outside of one"
