@@ -475,11 +475,16 @@ def early(learn, cbs):
     learn.fit(5, cbs=[*cbs,EarlyStoppingCallback(min_delta=10.)])
     return learn.epoch
 def saved(learn, cbs, **kwargs):
-    "The best by validation loss, which is the Learner's own, is loaded in the end; a rate that grows makes it worse"
-    cb = SaveModelCallback(**kwargs)
-    learn.fit(3, cbs=[*cbs,cb,ParamScheduler({'lr': SchedLin(.05, 1.5)})])
+    """The best by validation loss, which is the Learner's own, is loaded in the end; a rate that grows makes it worse.
+    What was learned beside goes back as well: with the callback by itself, in a loss function by hand"""
+    cb,own,kept = SaveModelCallback(**kwargs),getattr(learn.loss_func, 'term', None),[]
+    keep = At('after_epoch', lambda l: kept.append(None if own is None else state(own)))
+    learn.fit(3, cbs=[*cbs,cb,keep,ParamScheduler({'lr': SchedLin(.05, 1.5)})])
     best = int(np.argmin([o[1] for o in learn.recorder.values]))
     assert cb.best==learn.recorder.values[best][1]
+    if own is not None:
+        assert best<2
+        own.load_state_dict(kept[best])
     return best
 def nan_images():
     x = X[:160].clone()

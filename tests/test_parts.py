@@ -7,11 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from common import KD,At,X,assert_same,flags,in_float64,learner,left,net,raising,seed,state
+from common import KD,At,X,Y,assert_same,flags,in_float64,learner,left,net,raising,seed,state
 from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
+from fastai.data.core import DataLoaders
 from fastai.optimizer import Adam,OptimWrapper
 from torch import nn
+from torch.utils.data import DataLoader as TorchLoader
 
 from fasterdistill.checkpoint import Checkpoint
 from fasterdistill.fit.beside import write_parts
@@ -313,6 +315,18 @@ def test_the_same_fit_but_for_first_weights():
         learn.fit(2)
         return state(learn.model),state(epochs.loss)
     for a,b in zip(fit(True), fit(False), strict=True): assert_same(a, b)
+
+@pytest.mark.parametrize('what', ['plan','ready'])
+def test_torchs_loaders_give_the_same_batches_afterwards(what):
+    "Shuffled by a generator of their own"
+    def fit(first):
+        items = list(zip(X[:64], Y[:64], strict=True))
+        loaders = [TorchLoader(items, 16, shuffle=True, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
+        learn,kd,epochs = distilling(lambda: FitNet(conv), dls=DataLoaders(*loaders))
+        if first: getattr(kd, what)()
+        learn.fit(2)
+        return state(learn.model)
+    assert_same(fit(True), fit(False))
 
 def conv(s, t):
     draws = torch.Generator().manual_seed(1)

@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from common import KD,At,X,Y,assert_close,assert_same,get_dls,in_float64,learner,left,net,raising,real,state,tuples
+from common import (KD,At,X,Y,assert_close,assert_same,get_dls,in_float64,learner,left,net,raising,real,state,tuples,
+                    unlabelled)
 from fastai.callback.mixup import CutMix,MixUp
 from fastai.vision.augment import Flip
 from fastai.vision.learner import create_vision_model
@@ -139,6 +140,15 @@ def test_uskd_weighs_mixed_labels_by_their_shares():
             like = [log_p[j,o[k]].exp().item()**2 for j,o in enumerate(ranked) if len(o)>k]
             total -= (log_p[i,c].exp().item()**2+share[i][c]-sum(like)/len(like))*log_p[i,c].item()
     assert kd.parts['uskd']==pytest.approx(total/n)
+
+def test_views_teach_each_other_without_labels():
+    loss = DDGSD(views=lambda x: x.flip(-1))
+    kd = KD(None, loss, weight=1.)
+    learn = learner(net(), unlabelled(), loss_func=nn.CrossEntropyLoss(), cbs=kd)
+    was = state(learn.model)
+    learn.fit(1)
+    assert kd.parts['ddgsd']==pytest.approx(kd.parts['ddgsd_apart']+5e-4*kd.parts['ddgsd_features'])
+    assert not torch.equal(learn.model.layer1[0].weight, was['layer1.0.weight'])
 
 def test_cskd_is_refused_before_anything_is_trained():
     learn = learner(net(), one_batch(), cbs=[KD(None, TaskLoss()+CSKD()),MixUp()])
