@@ -310,7 +310,7 @@ later = {                                           # what no row of `refs` read
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None,
-    'at_gradient': None, 'simkd': None}
+    'at_gradient': None, 'simkd': None, 'dml': None}
 
 def test_every_vector_is_used():
     "No value or gradient lies here unread, but those another page's loss is for, or that only differ in scale"
