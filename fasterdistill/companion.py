@@ -49,6 +49,9 @@ class Companion(nn.Module):
         logged,self._logged = self._logged,{}
         return logged
 
+    def networks(self):
+        "Whole networks that learn inside it, each as if it trained alone"
+        return []
     def generators(self):
         "The `torch.Generator`s that it and its modules hold"
         return [o for m in self.modules() for o in vars(m).values() if isinstance(o, torch.Generator)]

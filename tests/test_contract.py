@@ -361,12 +361,13 @@ class Dtypes(TorchFunctionMode):
 def note_parts(spy):
     "The dtypes of what the parts of the spy's loss will return, once they are built"
     kinds,build = set(),spy.loss.build
+    networks = {m for net in spy.loss.networks() for m in net.modules()}         # which run as the student does
     def note(m, _, out):
         kinds.update(o.dtype for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point())
     def noting(**given):
         build(**given)
         for m in spy.loss.modules():
-            if m is not spy.loss: spy.handles.append(m.register_forward_hook(note))
+            if m is not spy.loss and m not in networks: spy.handles.append(m.register_forward_hook(note))
     spy.loss.build = noting
     return kinds
 

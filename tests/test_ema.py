@@ -314,6 +314,17 @@ def test_what_cannot_be_averaged():
     with pytest.raises(ValueError, match="'layer3.0.weight' of the student is not what it was"):
         learn.fit(1, cbs=At('after_step', prune, order=0, skip=0))
 
+def test_a_loss_may_not_learn_it():
+    "As it may not learn any teacher"
+    ema = EMA(.5)
+    model = net()
+    taught(ema, model=model).fit(1)
+    class Behind(DistillLoss):
+        def __init__(self, part): self.part = part
+        def forward(self, pred, teacher_pred): return (pred-teacher_pred).pow(2).mean()
+    learn = taught(ema, TaskLoss()+Behind(ema.model), model)
+    refuses(learn, 'is the teacher, which is held still')
+
 # ---- files ----
 
 class Stop(Exception): ...

@@ -324,7 +324,7 @@ later = {                                           # what no row of `refs` read
     'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None,
     'at_gradient': None, 'simkd': None, 'frskd_classification': None, 'sla': None, 'crd': None, 'sskd': None,
-    'cskd': None}
+    'cskd': None, 'dml': None}
 
 def test_every_vector_is_used():
     "No value or gradient lies here unread, but those another page's loss is for, or that only differ in scale"
