@@ -282,6 +282,7 @@ class Sum(DistillLoss):
         return sum(weigher(w)(pos, epoch)*l(**_readable(l, given)) for w,l in self.terms())
     def begin(self, student, teacher=None):
         for l in self.losses: l.begin(student, teacher)
+    def networks(self): return [net for l in self.losses for net in l.networks()]
     def at(self, student, teacher=None):
         raise TypeError('.at names the layers of one loss: write it behind the loss itself, '
                         'as in TaskLoss() + FitNet().at("layer3")')

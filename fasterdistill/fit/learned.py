@@ -59,8 +59,7 @@ class LearnedParts:
     def start(self, learn):
         "A fit of `learn` begins, and the parts are made"
         self.learn,self.joined = learn,False
-        students = {id(p) for p in learn.model.parameters()}
-        self.params = [p for p in self.loss.parameters() if p.requires_grad and id(p) not in students]
+        self.params = [p for p in self.loss.parameters() if p.requires_grad]
     def join(self):
         "Into the last parameter group, in training mode"
         self.loss.train()
@@ -118,10 +117,16 @@ class LearnedParts:
         "In several processes: the gradients become their mean, as the student's do"
         if self.params and self._distributed: _mean_grads(self.params)
     def clip(self):
-        "By their own norm where the Learner clips gradients, so that the student's are clipped as without them"
-        if not self.params: return
-        for cb in self.learn.cbs:
-            if isinstance(cb, GradientClip): nn.utils.clip_grad_norm_(self.params, cb.max_norm, cb.norm_type)
+        """By norms of their own where the Learner clips gradients, so that the student's are clipped as without them:
+        a network inside a loss by its own, all other parts by theirs"""
+        for cb in self.learn.cbs if self.params else ():
+            if not isinstance(cb, GradientClip): continue
+            for params in self._apart(): nn.utils.clip_grad_norm_(params, cb.max_norm, cb.norm_type)
+    def _apart(self):
+        "The parameters of each network inside the loss, and all others"
+        nets = [[*net.parameters()] for net in self.loss.networks()]
+        inside = {id(p) for params in nets for p in params}
+        return [*nets, [p for p in self.params if id(p) not in inside]]
     @property
     def _distributed(self): return isinstance(self.learn.model, nn.parallel.DistributedDataParallel)
 

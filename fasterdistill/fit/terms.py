@@ -49,7 +49,7 @@ def _of_stages(item, part, sides, who):
     "Names of the stages in `part`, one list for each of `sides`, paired where there are two"
     for side in sides:
         if not side.stages:
-            raise ValueError(f'{who} reads {item!r}, but {no_stages(side, side.rec, side.given)} with .at(…)')
+            raise ValueError(f'{who} reads {item!r}, but {no_stages(side, side.rec, side.given, " with .at(…)")}')
     rows = list(match_stages(*(s.stages for s in sides)) if len(sides)==2 else zip(sides[0].stages))
     pre = ':pre'*item.endswith(':pre')
     if rows[part]: return [[stage.name+pre for stage in column] for column in zip(*rows[part])]

@@ -8,7 +8,7 @@ __all__ = ['item_of', 'activations', 'overwritten', 'misread', 'Hook', 'Taps', '
 # %% ../../nbs/networks/06_taps.ipynb #h002
 from contextlib import contextmanager,nullcontext
 import torch
-from .names import find_layer
+from .names import as_a_whole,find_layer
 from .layouts import Sides,told
 from .record import input_of,lifted,look
 
@@ -46,21 +46,12 @@ def misread(rec, layers, x, who='network'):
     first = {name: sides.of(layers[name], z) for name,z in read.items()}
     return {name: f for name,f in first.items() if f is not None}
 
-def _runs_as_a_whole(model):
-    "Whether TorchScript or `torch.export` made it, so that no module in it is called"
-    if isinstance(model, torch.fx.GraphModule):                  # an exported program calls its guards alone
-        return all(n.op!='call_module' or n.target=='_guards_fn' for n in model.graph.nodes)
-    return isinstance(model, torch.jit.ScriptModule)
-
 def _kept(rec, name, layer, who):
     if (kept := rec.activation(layer)) is not None: return kept
     times = f' {layer.n} times' if layer.n>1 else ''
-    if _runs_as_a_whole(rec.model):
-        raise ValueError(f'the layer {name!r} of the {who} ({type(rec.model).__name__}) is not called one by one: '
-                         'TorchScript and exported programs run as a whole, and their layers cannot be read; '
-                         'give the network that it was made from, or use losses on predictions')
-    raise ValueError(f'the layer {name!r} of the {who} ({type(rec.model).__name__}) does not run{times} on this batch, '
-                     'so there is nothing to read')
+    called = f'the layer {name!r} of the {who} ({type(rec.model).__name__})'
+    if (whole := as_a_whole(rec.model, layer.name)): raise ValueError(f'{called} is not called one by one: {whole}')
+    raise ValueError(f'{called} does not run{times} on this batch, so there is nothing to read')
 
 # %% ../../nbs/networks/06_taps.ipynb #c005b
 class Hook:
