@@ -19,8 +19,9 @@ from fastai.callback.mixup import MixUp
 from fastai.layers import ConvLayer
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed
 from fastcore.script import call_parse
-from recipes import recipes
+from recipes import part,recipe,recipes
 from speed import Batches,cases,learner,networks,there_and_back,where
 from torch import nn
 
@@ -28,14 +29,17 @@ from fasterdistill import losses
 from fasterdistill.all import KnowledgeDistillationCallback,TaskLoss,predictions,simkd_student
 from fasterdistill.demo import digit_learner,digits,fit,jitter,n_params,tensor_dls
 from fasterdistill.examples import CNN,UNet,ViT
+from fasterdistill.losses.sskd import fit_head,projection_head
 
 here = Path(__file__).parent
 prepared = dict(SimKD=simkd_student)     # makes another student of both, taught by the teacher alone
 
-def callback(teacher, name, epochs):
+def callback(teacher, name, epochs, **makes):
     "Distillation by the recipe `name`; the student alone where there is none"
     if name=='alone': return None
-    return KnowledgeDistillationCallback(teacher, recipes[name](epochs), weight=1. if name in prepared else .5)
+    loss = recipe(name, epochs, **makes)
+    asked = loss.reads.keys() & {'teacher_pred','fm_t','teacher'}
+    return KnowledgeDistillationCallback(teacher if asked else None, loss, weight=1. if name in prepared else .5)
 
 # -- what it comes to
 budget = dict(epochs=20, teacher_epochs=20, lr=5e-3)
@@ -56,6 +60,10 @@ def teacher():
     return fit(digit_learner(lambda: Three(24), *images(), tfm=jitter), budget['teacher_epochs'], budget['lr']).model
 
 @cache
+def head():
+    "What SSKD needs of the teacher, by as many epochs as its authors take of 240"
+    return fit_head(teacher(), tensor_dls(*images()), epochs=part(budget['epochs'], 60), progress=False)
+@cache
 def answers():
     "What the teacher says of the images tested on"
     return predictions(teacher(), images()[1][0]).argmax(1)
@@ -64,7 +72,8 @@ def share(model, of): return (predictions(model, images()[1][0]).argmax(1)==of).
 
 def trained(name, seed):
     "A student of three stages after the same few epochs, as numbers"
-    kd = callback(teacher(), name, budget['epochs'])
+    set_seed(seed+1, True)                               # a peer begins elsewhere than the student
+    kd = callback(teacher(), name, budget['epochs'], peer=lambda: Three(4), head=head)
     def student():
         net = Three(4)
         return prepared[name](net, teacher(), images()[0][0][:4]) if name in prepared else net
@@ -88,7 +97,8 @@ def cost(name):
         dl = Batches(data, batches, warm, device, time.process_time)
         own,other = copy.deepcopy(student),copy.deepcopy(teacher)
         if n in prepared: own = prepared[n](own, other, data[0][0])
-        ways[n],times[n] = (dl,learner(dl, own, [callback(other, n, 240)])),[]
+        kd = callback(other, n, 240, peer=pair.student, head=lambda: projection_head(64))
+        ways[n],times[n] = (dl,learner(dl, own, [kd])),[]
         if n==name=='SoftTarget': return [1.,1.,1.]
     for r in range(rounds+1):
         for n in there_and_back(ways, r):
@@ -128,6 +138,8 @@ def tried(name):
             'pixels': one_fit(name, UNet(), UNet(), pixels, 16, 3),
             'MixUp': one_fit(name, CNN(8), CNN(8), y, cbs=[MixUp()])}
 
+def by_name(name): return recipe(name, budget['epochs'], peer=lambda: Three(4), head=lambda: projection_head(64))
+
 # -- a file that every step is written to
 def measure(name, file, seeds, costs):
     known = json.loads(file.read_text()) if file.exists() else {}
@@ -136,7 +148,7 @@ def measure(name, file, seeds, costs):
         file.write_text(json.dumps(known, indent=1, sort_keys=True)+'\n')
         print(name, *new, flush=True, file=sys.stderr)
     if name!='alone':
-        if 'tried' not in known.get(name, {}): keep(recipe=repr(recipes[name](budget['epochs'])), tried=tried(name))
+        if 'tried' not in known.get(name, {}): keep(recipe=repr(by_name(name)), tried=tried(name))
         if costs and 'cost' not in known[name]: keep(cost=cost(name))
     runs = known.get(name, {}).get('runs', [])
     for seed in range(len(runs), seeds):

@@ -1,10 +1,13 @@
 """Every method of the library as its paper or code uses it: one line each, to be pasted.
 
-A recipe gets the number of epochs: what a paper lets grow over its first 20 of 240 epochs grows over the same part."""
-from fasterdistill.all import (CC,DIST,DKD,FCFD,FSP,HCL,NKD,NST,OFA,OFD,PKT,RKD,RLD,SAD,SP,SRD,TAS,VID,WKD,WSL,WTTM,
-                               ActivationBoundaries,AdjustedSoftTarget,Attention,Cosine,FitNet,GradientAttention,
-                               HardTarget,InfoNCE,Logits,Mutual,OFALogits,ReviewKD,SimKD,SoftTarget,TaskLoss,ramp,
-                               steps)
+A recipe gets the number of epochs, as what a paper lets grow over its first 20 of 240 does so over the same part; `peer`
+is a network like the student, untrained, `head` what `fit_head` made for the teacher."""
+import inspect
+
+from fasterdistill.all import (CC,CRD,CSKD,DDGSD,DIST,DKD,DML,FCFD,FRSKD,FRSKDSLA,FSP,HCL,NKD,NST,OFA,OFD,PKT,RKD,RLD,
+                               SAD,SLA,SP,SRD,SSKD,TAS,USKD,VID,WKD,WSL,WTTM,ActivationBoundaries,AdjustedSoftTarget,
+                               Attention,Cosine,FitNet,GradientAttention,HardTarget,InfoNCE,Logits,Mutual,OFALogits,
+                               ReviewKD,SimKD,SoftTarget,TaskLoss,ramp,steps)
 
 
 def part(epochs, n, of=240):
@@ -50,6 +53,20 @@ recipes = {
     'Cosine': lambda n: TaskLoss() + Cosine(),
     'WKD': lambda n: TaskLoss() + .08*WKD(),
     'GradientAttention': lambda n: TaskLoss() + GradientAttention(),
+    'CRD': lambda n: TaskLoss() + .8*CRD(),
+    'SSKD': lambda n, head: .1*TaskLoss() + SSKD(head),
     'SAD': lambda n: TaskLoss() + .1*SAD(),
+    'FRSKD': lambda n: TaskLoss() + FRSKD(alpha=2, beta=100),
+    'SLA': lambda n: TaskLoss() + SLA(),
+    'FRSKDSLA': lambda n: TaskLoss() + FRSKDSLA(alpha=2, beta=100),
+    'USKD': lambda n: TaskLoss() + USKD(alpha=.1, mu=.1),
+    'CSKD': lambda n: TaskLoss() + CSKD(),
+    'DDGSD': lambda n: .5*TaskLoss() + DDGSD(),
     'TAS': lambda n: TaskLoss() + TAS(),
+    'DML': lambda n, peer: TaskLoss() + DML(peer),
 }
+
+def recipe(name, epochs, **makes):
+    "The loss, with what else it needs made by the functions `makes`"
+    f = recipes[name]
+    return f(epochs, **{k: makes[k]() for k in inspect.signature(f).parameters if k in makes})

@@ -27,7 +27,7 @@ def test_a_part_of_the_fit():
     assert [part(n, 20) for n in (240,120,24,1)]==[20,10,2,1]
 
 def test_recipes_are_what_the_run_had():
-    for n,f in recipes.items(): assert known[n]['recipe']==repr(f(known['how']['budget']['epochs']))
+    for n in recipes: assert known[n]['recipe']==repr(methods.by_name(n))
 
 quick = 'SoftTarget','ActivationBoundaries','TAS'
 @pytest.mark.parametrize('name', [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in recipes])
