@@ -1,6 +1,6 @@
 """Every method of the library as its paper or code uses it: one line each, to be pasted.
 
-A recipe gets the number of epochs, as what a paper lets grow over its first 20 of 240 does so over the same part; `peer`
+A recipe gets the number of epochs, as what a paper lets grow over its first 20 of 240 does so over the same; `peer`
 is a network like the student, untrained, `head` what `fit_head` made for the teacher."""
 import inspect
 
