@@ -720,6 +720,9 @@ def test_ctrl_c_while_opening_and_closing(n):
     "Where it is most delicate: none may leave anything"
     assert interrupted(n, only=delicate)==[]
 
+def test_ctrl_c_at_every_line_on_the_way_out():
+    assert interrupted(only={'close','tidy'})==[]
+
 @pytest.mark.slow
 def test_ctrl_c_at_any_of_many_lines():
     dirty = interrupted(1500, offset=700)

@@ -92,6 +92,7 @@ class Teaching:
             self.step_stack.close()
             self.stack.close()
         finally:                                         # and what an interrupt within opening or closing has left
+            self.stack.close()                           # before the teacher's: what it put back is as it was held
             self.learned.end()
             if self.teacher is not None: self.teacher.close()
             unhook(self.learn.model, *networks)
