@@ -10,3 +10,5 @@ from .rehearsal import *
 from .cuts import *
 from .net import *
 from .adapters import *
+from .upto import *
+from .exits import *
