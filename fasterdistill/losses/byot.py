@@ -11,7 +11,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from ..loss import DistillLoss
-from ..networks.exits import EarlyExit,ExitEnsemble,ExitedAt,bottleneck_exit,exit_head
+from ..networks.exits import EarlyExit,ExitEnsemble,ExitedAt,bottleneck_exit,gated_exit
 from ..networks.layouts import pooled
 from ..networks.record import device_of,tupled
 from ..networks.upto import copy_of
@@ -69,7 +69,8 @@ class BYOT(WithExits, DistillLoss):
         features:float=None, # Weight of the features, likewise
         T:float=3.,          # Temperature of the answers
         form:str='paper',    # 'paper', 'journal' or 'port', as in the table
-        head=None,           # `f(z, classes, width, left, xb)` makes an exit; separable convolutions for 'journal'
+        head=None,           # `f(z, classes, width, left, xb)` makes an exit; a `gated_exit` for 'journal'
+        adapt:bool=None,     # Whether a linear layer stands before features are compared; for 'journal' if left out
     ):
         check_T(T)
         check_choice(type(self).__name__, 'form', form, tuple(_shares))
@@ -77,8 +78,9 @@ class BYOT(WithExits, DistillLoss):
         self.alpha = usual[0] if alpha is None else alpha
         self.features = usual[1] if features is None else features
         if not 0<=self.alpha<=1: raise ValueError(f'BYOT(alpha={alpha!r}): expected a share, from 0 to 1')
-        self.T,self.form,self.heads = T,form,nn.ModuleList()
-        self.head = head or (exit_head if form=='journal' else bottleneck_exit)
+        self.T,self.form,self.heads,self.adapters = T,form,nn.ModuleList(),nn.ModuleList()
+        self.head = head or (gated_exit if form=='journal' else bottleneck_exit)
+        self.adapt = form=='journal' if adapt is None else adapt
         self.places,self.xb = [],None    # where the exits are, and an example of inputs
     def build(self, fm_s, pred, xb=None, criterion=None):
         maps,goal = self.declared(fm_s),pooled(list(fm_s.values())[-1])
@@ -88,6 +90,8 @@ class BYOT(WithExits, DistillLoss):
         n,width = len(maps),goal.shape[1]
         heads = [self.head(z, pred.shape[1], width, n-i, xb=xb) for i,z in enumerate(maps.values())]
         self.heads.extend(heads).to(pred.device)
+        compared = n-(self.form=='journal') if self.adapt else 0
+        self.adapters.extend([nn.Linear(width, width) for _ in range(compared)]).to(pred.device)
         self.places,self.xb = [k.split('@')[0] for k in maps],xb and tuple(x[:2].detach().clone() for x in xb)
         self.logs = (*type(self).logs,*(f'exit{i+1}_acc' for i in range(n)))
     def forward(self, fm_s, pred, target, mix=None, criterion=None):
@@ -98,6 +102,7 @@ class BYOT(WithExits, DistillLoss):
         preds = [head.fc(f) for head,f in zip(self.heads, feats, strict=True)]
         if mix is None and not target.is_floating_point():
             for i,z in enumerate(preds): self.log(f'exit{i+1}_acc', (z.argmax(1)==target).float().mean())
+        for i,adapter in enumerate(self.adapters): feats[i] = adapter(feats[i])
         return self.loss([*preds,pred], [*feats,goal], target, mix, criterion)
     def loss(self, preds, feats, target, mix=None, criterion=None):
         "The loss of exits `preds[:-1]` of features `feats[:-1]`, where the last are the network's own"
