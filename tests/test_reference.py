@@ -40,6 +40,7 @@ from fasterdistill.losses.pkt import PKT
 from fasterdistill.losses.reviewkd import HCL,ReviewKD
 from fasterdistill.losses.rkd import RKD
 from fasterdistill.losses.rld import RLD
+from fasterdistill.losses.byot import BYOT,DeepSupervision
 from fasterdistill.losses.sad import SAD,position_shares
 from fasterdistill.losses.sp import SP
 from fasterdistill.losses.uskd import USKD
@@ -324,7 +325,7 @@ later = {                                           # what no row of `refs` read
     'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None,
     'at_gradient': None, 'simkd': None, 'frskd_classification': None, 'sla': None, 'crd': None, 'sskd': None,
-    'cskd': None, 'dml': None}
+    'cskd': None, 'dml': None, 'byot': None}
 
 def test_every_vector_is_used():
     "No value or gradient lies here unread, but those another page's loss is for, or that only differ in scale"
@@ -1217,3 +1218,71 @@ def test_refused_arguments():
         with pytest.raises(ValueError, match=repr(next(iter(bad.values())))): Attention(**bad)
     with pytest.raises(RuntimeError, match='build'):
         FitNet()(fm_s=dict(a=z(2, 4, 8, 8)), fm_t=dict(a=z(2, 6, 8, 8)))
+
+# ---- exits: lists of logits and of features ----
+
+def byot_given(dtype):
+    "The file, and its logits and features as leaves"
+    v = Ref('byot', None, None, None).vectors
+    def four(kind): return [torch.tensor(v[f'in_{kind}_exit{i}'], dtype=dtype).requires_grad_() for i in range(1, 5)]
+    return v,four('logits'),four('feat'),torch.tensor(v['in_y'])
+
+def grads_of(value, inputs):
+    "Gradients as one array, zero where none comes"
+    found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
+    return np.stack([np.zeros(o.shape) if g is None else g.double().numpy() for o,g in zip(inputs, found, strict=True)])
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+@pytest.mark.parametrize('form,name,own', [
+    ('paper','paper_a03_l003_T3',1.), ('journal','journal_official',1.), ('port','luanyunteng',.9)])
+def test_byot(form, name, own, dtype):
+    "Totals and gradients of the file, in which the network's own cross-entropy counts too: here `TaskLoss()` has it"
+    v,preds,feats,y = byot_given(dtype)
+    loss = BYOT(form=form).loss(preds, feats, y)
+    close(loss.item(), v[f'out_total_{name}']-own*v['out_ce'][3], 3*value_tol[dtype])
+    total = loss+own*F.cross_entropy(preds[3], y)
+    close_grad(grads_of(total, preds), v[f'grad_logits_{name}'], grad_tol[dtype])
+    close_grad(grads_of(total, feats), v[f'grad_feats_{name}'], grad_tol[dtype])
+    assert not grads_of(loss, [preds[3],feats[3]][:1]).any() and not grads_of(loss, feats[3:]).any()
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+def test_byot_part_by_part(dtype):
+    "The parts that the file has by themselves; at the extremes all is finite"
+    v,preds,feats,y = byot_given(dtype)
+    tol = 3*value_tol[dtype]
+    def loss(**kwargs): return BYOT(**kwargs).loss(preds, feats, y).item()
+    close(DeepSupervision().loss(preds, feats, y).item(), v['out_deep_supervision_sum_ce']-v['out_ce'][3], tol)
+    for T in (1,3):
+        close(loss(alpha=1, features=0, T=T), v[f'out_kl_T{T}'].sum(), tol)
+        close(loss(alpha=1, features=0, T=T, form='journal'), v[f'out_soft_ce_T{T}'].sum(), tol)
+        close(loss(alpha=1, features=0, T=T, form='port'), T**2*v[f'out_soft_ce_T{T}'].sum(), tol)
+    def hints(form): return loss(alpha=0, features=1, form=form)-v['out_ce'][:3].sum()
+    close(hints('paper'), v['out_feature_sq_sum'].sum()/len(y), 9*tol)
+    close(hints('journal'), v['out_feature_l2norm_whole_batch'][:2].sum(), 9*tol)
+    close(hints('port'), v['out_feature_masked_sq_sum'].sum(), 9*tol)
+    for scale in (0.,50.):
+        far = [(scale*o/o.abs().max()).detach().requires_grad_() for o in preds+feats]
+        for form in ('paper','journal','port'):
+            value = BYOT(form=form).loss(far[:4], far[4:], y)
+            assert np.isfinite([value.item(),*(grads_of(value, [o]).sum() for o in far)]).all()
+
+@pytest.mark.parametrize('form', ['paper','journal','port'])
+def test_byot_by_hand(form):
+    "Exit by exit, item by item, in NumPy, of other sizes"
+    rng = np.random.default_rng(3)
+    preds,feats = ([rng.normal(size=(5,n))*3 for _ in range(4)] for n in (7,6))
+    y = rng.integers(0, 7, 5)
+    a,w,T = dict(paper=(.3,.03), journal=(.3,.03), port=(.1,1e-6))[form] + (2.,)
+    def shares(z): return np.exp(z-z.max())/np.exp(z-z.max()).sum()
+    want = 0.
+    for i,(z,f) in enumerate(zip(preds[:3], feats[:3], strict=True)):
+        hard = np.mean([-np.log(shares(o)[c]) for o,c in zip(z, y, strict=True)])
+        soft = [(shares(t/T),shares(s/T)) for s,t in zip(z, preds[3], strict=True)]
+        cross,entropy = np.mean([-(t*np.log(s)).sum() for t,s in soft]),np.mean([-(t*np.log(t)).sum() for t,_ in soft])
+        told = dict(paper=cross-entropy, journal=cross, port=T**2*cross)[form]
+        d = f-feats[3]
+        hint = dict(paper=np.mean([(o**2).sum() for o in d]), journal=np.sqrt((d**2).sum())*(i<2),
+                    port=sum(o**2 for o,p,q in zip(d.flat, f.flat, feats[3].flat, strict=True) if p>0 or q>0))[form]
+        want += (1-a)*hard + a*told + w*hint
+    got = BYOT(T=T, form=form).loss(*([torch.tensor(o) for o in side] for side in (preds,feats)), torch.tensor(y))
+    close(got.item(), want, 1e-9)
