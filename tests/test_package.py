@@ -101,7 +101,7 @@ order = '''networks.as_it_was networks.record networks.layouts networks.precisio
     networks.taps networks.rehearsal
     networks.cuts networks.net networks.adapters
     companion weight loss task losses expressions
-    teachers.codes teachers.tables teachers.teacher state missing
+    teachers.codes teachers.tables teachers.teacher teachers.ema state missing
     fit.terms fit.side fit.batch fit.learned fit.columns fit.nonsense fit.opening fit.plan fit.teaching
     callback checkpoint show demo examples cli all'''.split()
 
