@@ -107,6 +107,7 @@ class KnowledgeDistillationCallback(Quick):
         vars(self)['loss'] = self.loss_for(learn)
         if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
         self.past.clear()
+        self.skipped = False
         terms = self.terms_of(self.loss)
         now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.task_of, self.findings, self.past)
         self.shown = now.columns

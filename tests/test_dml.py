@@ -1,5 +1,6 @@
 "Networks that learn together: the numbers, the same as separate optimizers, and all that becomes of a peer in a fit"
 import copy
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -328,3 +329,13 @@ def test_resumed_equals_the_uninterrupted(tmp_path):
     torch.save(kept, f)
     other = run(tmp_path, 7, [Checkpoint('run', resume=True)])
     assert any(not torch.equal(other[k], whole[k]) for k in whole)               # the comparison can fail
+
+def test_peers_with_the_students_weights():
+    "Nothing to tell each other: a warning, for a copy of the student and for two alike peers"
+    why = 'two of the networks have the same weights'
+    for student,peers in ((net(),[net()]),(net(s=3),[net(),net(4, s=0)])):
+        learn = learner(student, cbs=KD(None, TaskLoss()+DML(*peers)))
+        with pytest.warns(UserWarning, match=why): learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner(net(), cbs=KD(None, TaskLoss()+DML(net(s=1)))).fit(1)
