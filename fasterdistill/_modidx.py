@@ -1781,6 +1781,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterdistill.show._columns': ('show.html#_columns', 'fasterdistill/show.py'),
                                     'fasterdistill.show._contrast': ('show.html#_contrast', 'fasterdistill/show.py'),
                                     'fasterdistill.show._draw': ('show.html#_draw', 'fasterdistill/show.py'),
+                                    'fasterdistill.show.noisy_accuracy': ('show.html#noisy_accuracy', 'fasterdistill/show.py'),
+                                    'fasterdistill.show.plot_flatness': ('show.html#plot_flatness', 'fasterdistill/show.py'),
                                     'fasterdistill.show.plot_parts': ('show.html#plot_parts', 'fasterdistill/show.py'),
                                     'fasterdistill.show.predictions': ('show.html#predictions', 'fasterdistill/show.py'),
                                     'fasterdistill.show.show_attention': ('show.html#show_attention', 'fasterdistill/show.py'),

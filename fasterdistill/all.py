@@ -17,7 +17,7 @@ from .networks.names import find_layer,pair_layers
 from .networks.net import Net
 from .networks.layouts import pooled,to_map
 from .networks.stages import stages
-from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
+from .show import plot_flatness,plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
 from .task import gather
 from .teachers import EMA,Called,Ensemble,Frozen,Teacher,as_teacher
 
