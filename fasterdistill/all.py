@@ -10,6 +10,7 @@ from . import losses
 from .callback import KnowledgeDistillationCallback
 from .checkpoint import Checkpoint
 from .loss import DistillLoss,FeatureLoss,TaskLoss,after,as_loss,ramp,steps
+from .losses.consistency import shuffle_in_pairs
 from .losses.simkd import simkd_student
 from .missing import MissingLabels
 from .networks.adapters import bridge,exit_head,local_to_global,regressor

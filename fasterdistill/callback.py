@@ -15,6 +15,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
 from .fit.batch import Task
+from .fit.beside import PartsBeside
 from .fit.learned import LearnedParts,check_kept,copied,kept_parts
 from .fit.opening import Opening
 from .fit.plan import Plan,a_batch,devices_kept,precision
@@ -104,17 +105,20 @@ class KnowledgeDistillationCallback(Quick):
     @contextmanager
     def fitting(self, learn):
         "Around `Learner.fit`"
-        vars(self)['loss'] = self.loss_for(learn)
-        if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
+        self.take_loss(learn)
         self.past.clear()
         self.skipped = False
         terms = self.terms_of(self.loss)
         now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.task_of, self.findings, self.past)
         self.shown = now.columns
         try:
-            with around_fit(now, self.columns): yield
+            with around_fit(now, self.columns, [PartsBeside(self.learned)]): yield
         finally: self.teaching = None
     def loss_for(self, learn): return suited(learn, self.loss) if self.suits else self.loss
+    def take_loss(self, learn):
+        "The loss that suits `learn`, and its parts"
+        vars(self)['loss'] = self.loss_for(learn)
+        if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
 
     # between epochs a Learner is saved, exported and copied: then the optimizer is the student's alone
     def before_train(self):
@@ -166,14 +170,31 @@ class KnowledgeDistillationCallback(Quick):
         learn=None, # The Learner; the one the callback is on by default
     ):
         "What a fit would do, tried on one batch: pairs, shapes, learned parts, values. Nothing is changed"
-        learn = learn or self.learn
-        if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
+        learn = self.learner('plan', learn)
         terms = self.terms_of(self.loss_for(learn) if self.suits else deepcopy(self.loss))
+        with self.tried(learn, LearnedParts(terms.loss), terms, ask_task=True) as opening: return Plan(opening, terms)
+    def ready(self,
+        learn=None, # The Learner; the one the callback is on by default
+    ):
+        """The loss, with what it learns made as by a fit's first batch, so that weights that were kept load; the next
+        fit goes on from there. Parts that there are stay, and nothing else is changed. `RuntimeError` in a fit."""
+        learn = self.learner('ready', learn)
+        if self.teaching is not None: raise RuntimeError('ready() is for before or after a fit, which makes its parts')
+        self.take_loss(learn)
+        try:
+            with self.tried(learn, self.learned, self.terms_of(self.loss)): return self.loss
+        finally: self.learned.end()
+    def learner(self, what, learn):
+        "`learn`, or the Learner the callback is on; `ValueError` where there is none"
+        if (learn := learn or self.learn) is not None: return learn
+        raise ValueError(f'{what}() needs a Learner: {what}(learn), or add the callback to one first')
+    @contextmanager
+    def tried(self, learn, parts, terms, **kwargs):
+        "The `Opening` of a fit on one batch, and afterwards everything as it was but `parts`"
         networks = self.teacher.networks() if self.teacher is not None else []
         with devices_kept(networks), a_batch(learn), precision(learn), ExitStack() as stack:
             if self.teacher is not None: stack.callback(self.teacher.put_back_later())
-            parts = LearnedParts(terms.loss)
-            return Plan(Opening(learn, self.teacher, terms, parts, stack, self.task_of, ask_task=True), terms)
+            yield Opening(learn, self.teacher, terms, parts, stack, self.task_of, **kwargs)
     @property
     def parts(self):
         "The value of each loss on the last batch, as numbers"

@@ -14,7 +14,7 @@ from fastai.torch_core import get_model
 from torch import nn
 from .batch import Batch,Task
 from .columns import users_metrics
-from .nonsense import check_range,doubts
+from .nonsense import check_range,doubts,listening
 from .side import Side,example
 from ..missing import refuse_gaps
 from ..networks.as_it_was import as_it_was
@@ -181,7 +181,8 @@ class Opening:
             teacher.setup(learn)
             teacher.predicts_as(self.task.prediction)
         xb = tuple(cloned(tupled(learn.xb)))
-        with rng_kept(*tensors(xb)), torch.no_grad(), uncached(self.task.device), as_it_was(*self.networks):
+        with rng_kept(*tensors(xb)), torch.no_grad(), uncached(self.task.device), as_it_was(*self.networks), \
+             listening(teacher):
             self.sides = sides_of(self.student, teacher, xb, self.task, findings or {})
             batch = first_batch(self.task, terms, self.sides, teacher, xb, stack, ask_task)
             with outside(self.task.device):

@@ -66,6 +66,7 @@ class Teaching:
         self.opening = o
         for doubt in o.doubts: warnings.warn(doubt)
         self.findings.update(o.findings)
+        self.columns.take_in(self.terms)                 # how many layers there are may say what is logged
         for side in o.both:
             for text in frozen(side): side.found.say(text)
         self.untrained = [(b, b.clone()) for b in o.student.buffers()]
@@ -155,19 +156,20 @@ class Teaching:
 
 # %% ../../nbs/fit/08_teaching.ipynb #t007
 @contextmanager
-def around_fit(teaching, columns=True):
-    "Everything between the start of `Learner.fit` and any way out of it"
+def around_fit(teaching, columns=True, more=()):
+    "Everything between the start of `Learner.fit` and any way out of it; `more` callbacks are on the Learner meanwhile"
+    late = teaching.late,*more
     learn,grad,stance,autocast = teaching.learn,torch.is_grad_enabled(),stance_kept(),autocast_kept()
     def tidy():
         teaching.close()
         torch.set_grad_enabled(grad)
         stance()
         autocast()
-        learn.remove_cb(teaching.late)
+        for cb in late: learn.remove_cb(cb)
         teaching.columns.hide(learn)
     try:
         if columns: teaching.columns.show(learn)
-        learn.add_cb(teaching.late)
+        for cb in late: learn.add_cb(cb)
         yield
     finally:
         try: tidy()

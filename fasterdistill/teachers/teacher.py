@@ -29,7 +29,7 @@ from .tables import codes_between
 class Teacher:
     """What teaches and does not learn. `forward` reads by name (`xb`, `idx`, …) and returns the prediction;
     `model` is the network whose layers can be read, or None"""
-    model = None
+    model = heard = None     # `heard`: a list while somebody listens, with the first that it says
     @property
     def readable(self):
         "Whether it is one network whose layers can be read, or will be one when it is set up"
@@ -49,6 +49,10 @@ class Teacher:
     def out(self, o):
         "The prediction in what `model` returned"
         return o
+    def say(self, z):
+        "Hand `z` on; the first that it says is kept where somebody listens"
+        if self.heard==[]: self.heard.append(z)
+        return z
     def forward(self, xb):
         with own_precision(self.model): return self.out(run_teacher(self.model, self.inp(*xb)))
     @cached_property
@@ -244,7 +248,7 @@ class Frozen(Teacher):
         return F.interpolate(x, self.size, mode='bilinear', align_corners=False, antialias=True)
     def out(self, o):
         o = as_tensor(pick(as_tensor(o, self.device), self.output, 'teacher'), self.device)
-        if not isinstance(o, torch.Tensor): return o
+        if not isinstance(self.say(o), torch.Tensor): return o
         return self.way.out(self.way.logits(o) if self.probabilities else o)
 
     def _way(self, learn, device):
@@ -356,7 +360,7 @@ class Ensemble(Teacher):
         res.teachers = each
         return res
     def forward(self, xb):
-        preds = [_wide(plain(t.forward(xb))) for t in self.teachers]
+        preds = [_wide(plain(t.say(t.forward(xb)))) for t in self.teachers]
         if len({p.shape for p in preds})>1:
             shapes = ' and '.join(str(tuple(p.shape)) for p in preds)
             raise ValueError(f'the teachers of an ensemble return {shapes}: the same shape is expected of all')
