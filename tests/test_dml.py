@@ -13,6 +13,7 @@ from common import (KD,At,HalfCPU,Out,X,Y,assert_close,assert_same,get_dls,in_fl
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (a method of Learner)
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.optimizer import Adam,SGD
@@ -339,3 +340,14 @@ def test_peers_with_the_students_weights():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learner(net(), cbs=KD(None, TaskLoss()+DML(net(s=1)))).fit(1)
+
+def test_peers_of_the_best_epoch(tmp_path):
+    "They come back with its student"
+    learn,dml = together([net(6, s=1)], path=tmp_path)
+    epochs = []
+    learn.fit(3, cbs=[At('after_epoch', lambda l: epochs.append((state(l.model),state(dml)))),
+                      SaveModelCallback(monitor='valid_loss', comp=np.greater)])
+    i = [row[1] for row in learn.recorder.values].index(max(row[1] for row in learn.recorder.values))
+    assert i<2
+    assert_same(state(learn.model), epochs[i][0])
+    assert_same(state(dml), epochs[i][1])
