@@ -107,6 +107,7 @@ class KnowledgeDistillationCallback(Quick):
         "Around `Learner.fit`"
         self.take_loss(learn)
         self.past.clear()
+        self.skipped = False
         terms = self.terms_of(self.loss)
         now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.task_of, self.findings, self.past)
         self.shown = now.columns

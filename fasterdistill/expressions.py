@@ -41,4 +41,7 @@ def parse_loss(
         raise ValueError(f'the loss {text!r} cannot be read ({e.msg}); '
                          'write it as in ".1*TaskLoss() + .9*SoftTarget(T=4)"') from None
     for o in ast.walk(tree): _check_node(o, text, names)
-    return as_loss(eval(compile(tree, '<loss>', 'eval'), {'__builtins__':{}}, names))
+    try: return as_loss(eval(compile(tree, '<loss>', 'eval'), {'__builtins__':{}}, names))
+    except TypeError as e:                               # a setting that it lacks, or does not have
+        if 'argument' not in str(e): raise
+        raise ValueError(f'the loss {text!r} cannot be made as it is written: {e}') from None

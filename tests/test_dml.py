@@ -1,5 +1,6 @@
 "Networks that learn together: the numbers, the same as separate optimizers, and all that becomes of a peer in a fit"
 import copy
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from common import (KD,At,HalfCPU,Out,X,Y,assert_close,assert_same,get_dls,in_fl
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (a method of Learner)
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.optimizer import Adam,SGD
@@ -328,3 +330,24 @@ def test_resumed_equals_the_uninterrupted(tmp_path):
     torch.save(kept, f)
     other = run(tmp_path, 7, [Checkpoint('run', resume=True)])
     assert any(not torch.equal(other[k], whole[k]) for k in whole)               # the comparison can fail
+
+def test_peers_with_the_students_weights():
+    "Nothing to tell each other: a warning, for a copy of the student and for two alike peers"
+    why = 'two of the networks have the same weights'
+    for student,peers in ((net(),[net()]),(net(s=3),[net(),net(4, s=0)])):
+        learn = learner(student, cbs=KD(None, TaskLoss()+DML(*peers)))
+        with pytest.warns(UserWarning, match=why): learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner(net(), cbs=KD(None, TaskLoss()+DML(net(s=1)))).fit(1)
+
+def test_peers_of_the_best_epoch(tmp_path):
+    "They come back with its student"
+    learn,dml = together([net(6, s=1)], path=tmp_path)
+    epochs = []
+    learn.fit(3, cbs=[At('after_epoch', lambda l: epochs.append((state(l.model),state(dml)))),
+                      SaveModelCallback(monitor='valid_loss', comp=np.greater)])
+    i = [row[1] for row in learn.recorder.values].index(max(row[1] for row in learn.recorder.values))
+    assert i<2
+    assert_same(state(learn.model), epochs[i][0])
+    assert_same(state(dml), epochs[i][1])

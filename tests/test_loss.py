@@ -108,7 +108,8 @@ def test_names_of_columns():
              if isinstance(o, type) and issubclass(o, DistillLoss) and o.__name__==n}      # and no second name of one
     assert columns.keys()<=found.keys()
     for name,cls in found.items():
-        assert name_terms([cls()])==[columns.get(name, by_rule(name))]==[by_rule(name)]
+        loss = cls.example(nn.Linear(2, 2), torch.zeros(4, 2))
+        assert name_terms([loss])==[columns.get(name, by_rule(name))]==[by_rule(name)]
     assert name_terms([SoftTarget(),as_loss(squares),SoftTarget(),Logits(),SoftTarget()])==[
         'soft_target','squares','soft_target_2','logits','soft_target_3']
 

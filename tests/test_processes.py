@@ -22,6 +22,7 @@ from torch import nn
 from fasterdistill.loss import DistillLoss,FeatureLoss,TaskLoss,steps
 from fasterdistill.losses.cc import CC
 from fasterdistill.losses.crd import CRD
+from fasterdistill.losses.dml import DML
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.infonce import InfoNCE
@@ -122,6 +123,7 @@ cases = dict(                                                  # loss, and callb
     infonce      = (lambda: TaskLoss()+Unlike(), None),
     infonce_raw  = (lambda: TaskLoss()+Unlike(tau=.01, normalize=False, symmetric=True), None),
     infonce_all  = (lambda: TaskLoss()+Unlike(symmetric=True, mask_same_class=True, learn_tau=True), None),
+    dml          = (lambda: TaskLoss()+DML(net(6, bn=False, s=4)), clip),
     alone        = (lambda: TaskLoss()+InBatch(noop), None))
 more = {f'{loss}_{name}': (cases[loss][0],cbs) for loss in ('deeper','fcfd','rare','in_batch')
         for name,cbs in dict(accumulation=accumulate, clip=clip, both=both).items()}

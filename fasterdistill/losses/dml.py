@@ -6,7 +6,9 @@
 __all__ = ['DML']
 
 # %% ../../nbs/losses/60_dml.ipynb #d002
+import warnings
 from copy import deepcopy
+from itertools import combinations
 import torch, torch.nn.functional as F
 from torch import nn
 from ..loss import DistillLoss
@@ -31,6 +33,11 @@ def _check_peers(peers):
         raise ValueError(f'DML: no parameter of the peer {type(idle).__name__} requires a gradient, and a peer learns; '
                          'a network that only teaches is a teacher')
 
+def _alike(a, b):
+    "Whether two networks have the same weights"
+    a,b = [*a.parameters()],[*b.parameters()]
+    return len(a)==len(b) and all(p.shape==q.shape and torch.equal(p.cpu(), q.cpu()) for p,q in zip(a, b, strict=True))
+
 class DML(DistillLoss):
     """Learn together with untrained peers, each from the labels and from what the others say: deep mutual learning.
     `(B,C)`, dense or sequence logits and labels to a scalar: the student's KL to its peers, and all that these learn by
@@ -53,6 +60,11 @@ class DML(DistillLoss):
             if hasattr(m, 'reset_parameters'): m.reset_parameters()
         return cls(peer)
     def networks(self): return [*self.peers]
+    def begin(self, student, teacher=None):
+        super().begin(student, teacher)
+        if any(_alike(a, b) for a,b in combinations((student,*self.peers), 2)):
+            warnings.warn(f'{self!r}: two of the networks have the same weights, and agree for good unless dropout '
+                          'sets them apart: make each anew')
 
     def forward(self, pred, xb, target, criterion=None):
         preds = [plain(pred),*(self._answer(net, pred, xb) for net in self.peers)]

@@ -14,7 +14,7 @@ from fastai.torch_core import get_model
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..loss import shown
-from ..networks.as_it_was import set_mode
+from ..networks.as_it_was import AsItWas,set_mode
 from ..networks.record import device_of
 from ..task import check_choice
 from .teacher import Teacher,hold_still
@@ -158,7 +158,8 @@ class EMA(Teacher):
         if self.average is None or not self.average.is_of(student): self.average = Average(student, self.buffers)
         self.average.meet(student)
         for mine,theirs in self.average.params(student).values(): mine.requires_grad_(theirs.requires_grad)
-        self.student,self.was = student,hold_still(self.model)
+        self.student,self.was = student,AsItWas(self.model)
+        hold_still(self.was)
     def close(self):
         if self.student is not None: self.average.leave(self.student)
         if self.was is not None: self.was.put_back()

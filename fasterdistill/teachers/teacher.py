@@ -192,14 +192,13 @@ def _by_position(named, model):
     return tuple(named.get(k, defaults[k]) for k in names[:last+1])
 
 # %% ../../nbs/teachers/00_teacher.ipynb #c007a
-def hold_still(model):
-    "Put `model` into evaluation mode, its parameters not wanting gradients: the `AsItWas` that puts that back"
-    was = AsItWas(model)
+def hold_still(was):
+    "Put the networks of an `AsItWas` into evaluation mode, their parameters not wanting gradients"
     with was.watch:
-        set_mode(model, False)
-        for p in model.parameters(): p.requires_grad_(False)
+        for model in was.models:
+            set_mode(model, False)
+            for p in model.parameters(): p.requires_grad_(False)
     was.forget_same()
-    return was
 
 class Frozen(Teacher):
     """A network that is asked and not changed: on the Learner's device, in evaluation mode and without gradients
@@ -230,7 +229,8 @@ class Frozen(Teacher):
         self.way = self._way(learn, device)
         _check_program(self.model)
         _move(self.model, device)
-        self.was = hold_still(self.model)
+        self.was = AsItWas(self.model)                   # kept before anything changes: Ctrl-C may come anywhere
+        hold_still(self.was)
     def close(self):
         if self.was is None: return
         self.was.put_back()
