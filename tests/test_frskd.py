@@ -246,8 +246,7 @@ def test_self_teacher_learns_from_labels_alone(backbone):
 @pytest.mark.parametrize('name,size', every)
 def test_networks(name, size):
     loss = FRSKD(alpha=1., beta=10.)
-    values,model = three_steps(name, size, loss)
-    assert values[-1]<values[0]
+    model = three_steps(name, size, loss, 'frskd_self')
     said = loss.self_teacher(model, batch(size, size)[0])
     assert said.pred.shape==(8,5)
     assert len(said.fm)>=2
@@ -257,8 +256,7 @@ def test_networks(name, size):
 def test_other_features(feature):
     "In a Learner, where what they learn is built too"
     loss = FRSKD(alpha=1., beta=.01, feature=feature)
-    values,_ = three_steps('cnn', 32, loss)
-    assert values[-1]<values[0]
+    three_steps('cnn', 32, loss, 'frskd_self')
     parts = {n.split('.')[0] for n,_ in loss.named_parameters()}
     assert parts=={'pyramid','classifier'}|({'feature'} if feature else set())
 

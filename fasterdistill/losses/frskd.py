@@ -119,7 +119,7 @@ class FRSKD(DistillLoss):
     def taught(self, pred, self_pred, fm_s, fm_self, own, xb=None):
         "What the self-teacher, whose answers cost `own`, has the student learn"
         logits = self.kd(pred=pred, teacher_pred=self_pred.detach())
-        for name,o in zip(self.logs, (own,logits)): self.log(name, o)
+        for name,o in zip(self.logs[:2], (own,logits), strict=True): self.log(name, o)
         if not self.compares: return self.alpha*logits
         maps = self.feature(fm_s=fm_s, fm_t={k: told(z.detach(), True) for k,z in fm_self.items()}, **self._xb(xb))
         self.log(self.logs[2], maps)

@@ -118,7 +118,8 @@ def with_head(
     why = (f'the joint head cannot take the place of a classifier at {layer!r} of {type(model).__name__}: '
            'its answer is not what that module returns')
     if found.kind!='in': raise ValueError(why)
-    if found.name: net.set_submodule(found.name, head)
+    parent,_,name = found.name.rpartition('.')
+    if name: setattr(net.get_submodule(parent), name, head)
     else: net = head
     with reading(model): want = head(Net(model, x, [layer])(x, bn='eval').fm[layer])
     try:
