@@ -97,6 +97,7 @@ class DistillLoss(Companion, metaclass=_LossMeta):
     also = ()        # names of layers read besides those, not paired: the student's, or a dict(student=…, teacher=…)
     min_items = 1    # smaller batches go without this term
     start = 0.       # the fraction of the fit before which it is 0, as the method has it
+    rests = False    # whether a batch may hold nothing for it (no two items of a class), which it then is 0 on
     gaps = False     # whether it leaves out a pair where an activation is None, as its layer did not run
     pools = False    # whether paired maps are of one size does not matter: means over positions are compared
     _readers = dict(forward=(), build=())    # methods that read by name, and what else each may name
@@ -281,6 +282,7 @@ class Sum(DistillLoss):
         return sum(weigher(w)(pos, epoch)*l(**_readable(l, given)) for w,l in self.terms())
     def begin(self, student, teacher=None):
         for l in self.losses: l.begin(student, teacher)
+    def networks(self): return [net for l in self.losses for net in l.networks()]
     def at(self, student, teacher=None):
         raise TypeError('.at names the layers of one loss: write it behind the loss itself, '
                         'as in TaskLoss() + FitNet().at("layer3")')

@@ -49,7 +49,7 @@ def _of_stages(item, part, sides, who):
     "Names of the stages in `part`, one list for each of `sides`, paired where there are two"
     for side in sides:
         if not side.stages:
-            raise ValueError(f'{who} reads {item!r}, but {no_stages(side, side.rec, side.given)} with .at(…)')
+            raise ValueError(f'{who} reads {item!r}, but {no_stages(side, side.rec, side.given, " with .at(…)")}')
     rows = list(match_stages(*(s.stages for s in sides)) if len(sides)==2 else zip(sides[0].stages))
     pre = ':pre'*item.endswith(':pre')
     if rows[part]: return [[stage.name+pre for stage in column] for column in zip(*rows[part])]
@@ -95,7 +95,7 @@ class Term:
         "`ValueError` for a teacher without what this term needs, or layers that cannot be"
         need = sorted(self.needs & {'teacher_pred','fm_t','teacher'})
         if teacher is None and need: raise ValueError(f'{self} reads {need[0]!r}, but the teacher is None')
-        if need and need!=['teacher_pred'] and teacher.model is None:
+        if need and need!=['teacher_pred'] and not teacher.readable:
             raise ValueError(f'{self} reads the layers of one network, which {teacher!r} does not have: '
                              'give a single teacher')
         bare = [who for who,name in _maps.items() if name in self.needs and not self.loss.beside(who)]
