@@ -16,7 +16,7 @@ from torch import nn
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.ofa import OFA,OFALogits
 from fasterdistill.missing import MissingLabels
-from fasterdistill.networks.adapters import MapExit,TokenExit
+from fasterdistill.networks.exits import MapExit,TokenExit
 
 def one(l, s, t, y):
     "`OFALogits` of one item by a loop: `s` and `t` its logits, `y` its class or None"
@@ -243,14 +243,14 @@ def test_exits_of_maps(width):
     heads,last = exits([(2,8,32,32),(2,16,16,16),(2,32,8,8),(2,64,4,4)], width=width),width or 64
     for k,h in enumerate(heads, 1):
         assert isinstance(h, MapExit)
-        convs = [shape_of(o) for o in h if isinstance(o, nn.Conv2d)]
+        convs = [shape_of(o) for o in h.neck if isinstance(o, nn.Conv2d)]
         if k==4: assert convs==[(64,last,1,1,1)]
         else:
             widths = [8*2**(k-1+i) for i in range(4-k)]+[last]
             assert convs==[o for a,b in zip(widths, widths[1:]) for o in separable(a, b)]
-            assert [type(o) for o in h][:4]==[nn.Conv2d,nn.Conv2d,nn.BatchNorm2d,nn.ReLU]
-        assert (h[-1].in_features,h[-1].out_features)==(last,7)
-        m = nn.Sequential(*list(h)[:-3])(torch.randn(2, 8*2**(k-1), 64>>k, 64>>k))
+            assert [type(o) for o in h.neck][:4]==[nn.Conv2d,nn.Conv2d,nn.BatchNorm2d,nn.ReLU]
+        assert (h.fc.in_features,h.fc.out_features)==(last,7)
+        m = nn.Sequential(*list(h.neck)[:-2])(torch.randn(2, 8*2**(k-1), 64>>k, 64>>k))
         assert m.shape==(2,last,4,4)                                            # all meet at the last stage's size
 
 swin_shapes = [(2,56>>i,56>>i,8*2**i) for i in range(4)]
@@ -262,32 +262,32 @@ swin_shapes = [(2,56>>i,56>>i,8*2**i) for i in range(4)]
 def test_exits_of_tokens(shapes, size, merges, blocks, prefix, width):
     heads = exits(shapes, size)
     assert all(isinstance(h, TokenExit) for h in heads)
-    assert [len(h.merges) for h in heads]==merges
-    assert [len(h.blocks) for h in heads]==blocks
-    assert {h.stage.prefix for h in heads}=={prefix}
+    assert [len(h.neck.merges) for h in heads]==merges
+    assert [len(h.neck.blocks) for h in heads]==blocks
+    assert {h.neck.stage.prefix for h in heads}=={prefix}
     for h,s in zip(heads, shapes):
         assert h(torch.randn(s)).shape==(2,7)
-        for i,m in enumerate(h.merges):
+        for i,m in enumerate(h.neck.merges):
             assert m.linear.weight.shape==(width,4*(s[-1] if i==0 else width))
             assert m.linear.bias is None
-        assert h.head.weight.shape==(7,width)
-        attentions = [(b.self_attn.embed_dim,b.self_attn.num_heads,b.norm_first) for b in h.blocks]
+        assert h.fc.weight.shape==(7,width)
+        attentions = [(b.self_attn.embed_dim,b.self_attn.num_heads,b.norm_first) for b in h.neck.blocks]
         assert set(attentions)=={(width,4,True)}
 
-def logits_of(h, z): return z@h.head.weight.T+h.head.bias
+def logits_of(h, z): return z@h.fc.weight.T+h.fc.bias
 
 def test_class_token_goes_around_the_merge():
     "Without its blocks an exit answers with the class token as it was, or with the mean of the merged tokens"
     (h,),x = exits([(2,197,12)], 224),torch.randn(2, 197, 12)
-    h.blocks = nn.Identity()
+    h.neck.blocks = nn.Identity()
     torch.testing.assert_close(h(x), logits_of(h, x[:,0]))
 
     (h,),x = exits([(2,196,12)], 224),torch.randn(2, 196, 12)
-    h.blocks = nn.Identity()
+    h.neck.blocks = nn.Identity()
     grid = x.reshape(2, 7, 2, 7, 2, 12)                                     # (row, which of two, column, which of two)
     four = torch.cat([grid[:,:,a,:,b] for b in (0,1) for a in (0,1)], -1)
     norm = (four-four.mean(-1, keepdim=True))/(four.var(-1, unbiased=False, keepdim=True)+1e-5).sqrt()
-    merged = (norm@h.merges[0].linear.weight.T).mean((1,2))
+    merged = (norm@h.neck.merges[0].linear.weight.T).mean((1,2))
     torch.testing.assert_close(h(x), logits_of(h, merged), rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize('shape,others,size', [
@@ -385,7 +385,7 @@ def test_students(model, kind, n, prefix, goal):
 
     assert len(loss.heads)==n
     assert all(isinstance(h, kind) for h in loss.heads)
-    if prefix is not None: assert {h.stage.prefix for h in loss.heads}=={prefix}
+    if prefix is not None: assert {h.neck.stage.prefix for h in loss.heads}=={prefix}
     assert all(math.isfinite(v) for v in kd.history[0].values())
     assert kd.history[0]['ofa']<first
     assert moved.keys()=={k for k,_ in loss.named_parameters()}
@@ -416,7 +416,7 @@ def test_texts():
     learn.fit(2, .05, cbs=At('after_loss', note))
     assert seen==[(8,True),(16,True)]*2
     assert left(learn, goal)==[]
-    assert [(h.stage.size,len(h.merges)) for h in loss.heads]==[((8,),0)]*2
+    assert [(h.neck.stage.size,len(h.neck.merges)) for h in loss.heads]==[((8,),0)]*2
 
 def test_progressive_resizing(teacher):
     "A second fit at twice the size goes on with the same exits"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
 from ..loss import DistillLoss
-from ..networks.adapters import exit_head
+from ..networks.exits import exit_head
 from ..networks.layouts import describe
 from ..task import Rows,check_T,check_choice,check_classes
 

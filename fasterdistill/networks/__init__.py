@@ -9,5 +9,7 @@ from .taps import *
 from .rehearsal import *
 from .cuts import *
 from .net import *
+from .upto import *
 from .adapters import *
+from .exits import *
 from .bifpn import *
