@@ -1192,8 +1192,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fasterdistill.losses.sla.joint_loss': ( 'losses/sla.html#joint_loss',
                                                                                    'fasterdistill/losses/sla.py'),
                                           'fasterdistill.losses.sla.own_views': ( 'losses/sla.html#own_views',
-                                                                                  'fasterdistill/losses/sla.py'),
-                                          'fasterdistill.losses.sla.with_head': ( 'losses/sla.html#with_head',
                                                                                   'fasterdistill/losses/sla.py')},
             'fasterdistill.losses.sp': { 'fasterdistill.losses.sp.SP': ('losses/sp.html#sp', 'fasterdistill/losses/sp.py'),
                                          'fasterdistill.losses.sp.SP.pair': ('losses/sp.html#sp.pair', 'fasterdistill/losses/sp.py')},

@@ -288,14 +288,24 @@ def test_exported_at_another_batch_size():
     program = torch.export.export(out, (x[:3],), dynamic_shapes=({0: torch.export.Dim('b', min=2)},)).module()
     torch.testing.assert_close(program(x), out(x), rtol=1e-5, atol=1e-6)
 
-def test_no_classifier_to_replace():
-    "A network that makes something else of its classifier's answer trains, and says so when asked for another"
-    model = Out(net(s=1), lambda z: z*2)
-    loss = SLA()
-    learn = learner(model, get_dls(), cbs=[KD(None, TaskLoss()+loss)])
+@pytest.mark.parametrize('kind', ['scaled','dict'])
+def test_what_the_network_makes_of_its_answer(kind):
+    "It is not in what comes out, which holds nothing behind the embedding"
+    model,output = Out(net(s=1), (lambda z: z*2) if kind=='scaled' else (lambda z: dict(logits=z))),None
+    if kind=='dict': output = 'logits'
+    def ce(out, y): return F.cross_entropy(out['logits'] if isinstance(out, dict) else out, y)
+    loss,x = SLA(),torch.randn(5, 1, 8, 8)
+    learn = learner(model, get_dls(), loss_func=ce, metrics=[], cbs=[KD(None, TaskLoss()+loss, output=output)])
     learn.fit(1)
-    with pytest.raises(ValueError, match='its answer is not what that module returns'): loss.aggregated(model)
-    with pytest.raises(RuntimeError, match='needs a fit first'): SLA().single(model)
+    want,first = answers_by_hand(model.m, loss, x, 'embedding')
+    out = loss.aggregated(model)
+    with torch.no_grad():
+        torch.testing.assert_close(out(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.single(model)(x), first, rtol=1e-4, atol=1e-5)
+    assert not any(p.shape==(10,16) for p in out.parameters())
+
+def test_nothing_learned_yet():
+    with pytest.raises(RuntimeError, match='needs a fit first'): SLA().single(net())
 
 # -- what is refused
 
