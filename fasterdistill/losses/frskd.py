@@ -28,8 +28,13 @@ def label_loss(
     criterion=None, # The Learner's loss function
 ):
     """What an answer costs by the labels: by the Learner's loss function, which knows of a mix, or where none is given
-    by cross-entropy, its mean over items with a label."""
-    if criterion is not None: return criterion(pred, target)
+    by cross-entropy, its mean over items with a label. `ValueError` where that function takes no logits."""
+    if criterion is not None:
+        try: return criterion(pred, target)
+        except (TypeError,LookupError,AttributeError) as e:
+            raise ValueError(f"{who!r} asks the Learner's loss function what logits {tuple(pred.shape)} cost by "
+                             f'themselves, and it fails on them ({type(e).__name__}: {e}): let it take a tensor as '
+                             'well as what the student returns') from e
     shares = Rows(who, pred, pred, target, mix).shares
     return -(shares*F.log_softmax(pred, 1)).sum()/shares.any(1).sum().clamp(min=1)
 
@@ -114,7 +119,7 @@ class FRSKD(DistillLoss):
     def taught(self, pred, self_pred, fm_s, fm_self, own, xb=None):
         "What the self-teacher, whose answers cost `own`, has the student learn"
         logits = self.kd(pred=pred, teacher_pred=self_pred.detach())
-        for name,o in zip(self.logs, (own,logits)): self.log(name, o)
+        for name,o in zip(self.logs[:2], (own,logits), strict=True): self.log(name, o)
         if not self.compares: return self.alpha*logits
         maps = self.feature(fm_s=fm_s, fm_t={k: told(z.detach(), True) for k,z in fm_self.items()}, **self._xb(xb))
         self.log(self.logs[2], maps)
