@@ -10,6 +10,7 @@ from . import losses
 from .callback import KnowledgeDistillationCallback
 from .checkpoint import Checkpoint
 from .loss import DistillLoss,FeatureLoss,TaskLoss,after,as_loss,ramp,steps
+from .losses.consistency import shuffle_in_pairs
 from .losses.simkd import simkd_student
 from .missing import MissingLabels
 from .networks.adapters import bridge,exit_head,local_to_global,regressor
@@ -19,7 +20,7 @@ from .networks.layouts import pooled,to_map
 from .networks.stages import stages
 from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
 from .task import gather
-from .teachers import Called,Ensemble,Frozen,Teacher,as_teacher
+from .teachers import EMA,Called,Ensemble,Frozen,Teacher,as_teacher
 
 def _is_loss(o): return isinstance(o, type) and issubclass(o, DistillLoss)
 

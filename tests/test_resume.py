@@ -19,6 +19,7 @@ from torch import nn
 
 from fasterdistill.checkpoint import Checkpoint
 from fasterdistill.loss import TaskLoss,ramp
+from fasterdistill.losses.crd import CRD
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.fitnet import FitNet
 from fasterdistill.losses.logits import SoftTarget
@@ -34,7 +35,8 @@ class Noise(Callback):
 
 losses = dict(
     fitnet=lambda: TaskLoss()+SoftTarget()+ramp(3)*FitNet().at(['layer2','layer3']),
-    fcfd=lambda: TaskLoss()+FCFD(), share=lambda: FitNet().at('layer3'))
+    fcfd=lambda: TaskLoss()+FCFD(), share=lambda: FitNet().at('layer3'),
+    crd=lambda: TaskLoss()+.8*CRD(width=16))
 opts = dict(sgd=partial(SGD, mom=.9), adam=Adam, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 def student():
@@ -97,7 +99,7 @@ clipped,accumulated = partial(GradientClip, .1),partial(GradientAccumulation, 12
 
 @pytest.mark.parametrize('loss,opt,more', [
     ('fitnet','sgd',()), ('fitnet','adam',()), ('fitnet','torch',()), ('fcfd','sgd',()), ('share','adam',()),
-    ('fitnet','sgd',(MixUp,)), ('fitnet','sgd',(clipped,)), ('fcfd','adam',(accumulated,))])
+    ('crd','sgd',()), ('fitnet','sgd',(MixUp,)), ('fitnet','sgd',(clipped,)), ('fcfd','adam',(accumulated,))])
 def test_equals_the_uninterrupted_fit(tmp_path, loss, opt, more):
     whole = train(make(tmp_path, 0, loss, opt), [f() for f in more])
     want = everything(whole)
@@ -178,6 +180,7 @@ def test_with_fastais_trackers(tmp_path):
         assert p.best==q.best
         assert vars(p).get('wait')==vars(q).get('wait')
     assert_same(state(again.model), state(whole.model))
+    assert_same(*(state(o.knowledge_distillation.loss) for o in (again,whole)))
 
 def test_finished_auto_and_other_fits(tmp_path):
     whole = train(make(tmp_path, 0, 'fitnet'), [Checkpoint('run', resume='auto')])
