@@ -3,6 +3,7 @@ adapters, FCFD. A cell is ✓ where a fit with the callback does what the same f
 Learner's loss function (written.py); ✗ where it is refused before training, with the reason. What a single fit computes
 and leaves alone, and every way out of it, is in test_callback.py; conftest.py prints the table."""
 import copy
+import re
 from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import test_processes
 import torch
 import torch.nn.functional as F
 from common import (KD,At,HalfCPU,StepLosses,Real,Rounded,X,Y,_block,assert_close,assert_same,cpu,floating,furthest,
-                    get_dls,hf_block,hf_vit,kl_each,learner,left,loud,lr,lstm,net,raising,rnn,seed,state,tuples,
+                    get_dls,hf_block,hf_vit,kl_each,learner,left,loud,lr,lstm,net,raising,real,rnn,seed,state,tuples,
                     unlabelled)
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
@@ -24,7 +25,7 @@ from fastai.callback.mixup import CutMix,MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler,SchedCos,SchedLin
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback,TerminateOnNaNCallback
-from fastai.callback.training import GradientAccumulation,GradientClip
+from fastai.callback.training import BnFreeze,GradientAccumulation,GradientClip
 from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -41,7 +42,10 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from sklearn import datasets
 from test_inputs import Wrapped,data
+from test_modes import Aux,Encoder
+from test_state import merging
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from written import Written,bernoulli,columns
 
 from fasterdistill.checkpoint import Checkpoint
@@ -57,12 +61,13 @@ def found(row, column, what='✓'): matrix.found.cells[row,column] = what
 
 class Task(SimpleNamespace):
     """`make(width, seed)` a network, `dls()`, `loss()`, what `kd` is by hand, and layers: those that losses find
-    by themselves; for FitNet (`told`) and FCFD (`cuts`), what `.at` is given where they find none"""
+    by themselves; for FitNet (`told`) and FCFD (`cuts`), what `.at` is given where they find none.
+    `refused`: for columns that end in an error, what it says"""
     found = ['layer1','layer2','layer3']
     told = cuts = output = ignore_index = None
-    lr = lr
+    lr,refused,dtype = lr,{},torch.float64
     make = staticmethod(lambda w, s: net(w, s=s))
-    taught = staticmethod(lambda t: t)                                  # the same teacher as the callback gets it
+    taught = by_hand = staticmethod(lambda t: t)                        # the same teacher as the callback gets it
     loss = CrossEntropyLossFlat
     cbs = staticmethod(lambda: [])
     select = staticmethod(lambda o: o)
@@ -94,6 +99,7 @@ class Way(SimpleNamespace):
     "`run(learn, cbs)`, with what the Learner is made of; `other`: what differs for the other opinion, to no effect"
     run = staticmethod(fit)
     dls = loss = other = weight = splitter = None
+    refused = {}
     cut,dtype = False,torch.float64                                     # cut short: no epoch of it ends
     make = staticmethod(lambda: {})
     student = teacher = staticmethod(lambda m: m)
@@ -122,7 +128,7 @@ def with_callback(task, way, column, path):
     "What comes of the fit; a copy of the loss as it began, the layers it reads, and how it is written"
     teacher = way.teacher(task.make(8, 1).train())
     given = task.taught(teacher)
-    asked = given.model if isinstance(given, Learner) else given
+    asked = given.model if isinstance(given, Learner) else given if isinstance(given, nn.Module) else teacher
     learn,losses,start = made(task, way, path),StepLosses(),[]
     had,was = left(learn, asked),state(asked)
     cb = task.callback(column, given, way.weight)
@@ -144,7 +150,7 @@ def named(term):
 def by_hand(task, way, column, path, start, pairs, *more):
     "The same of a Learner whose loss function distils, from the learned parts of the loss `start` on"
     learn,losses = made(task, way, path),StepLosses()
-    teacher = way.teacher(task.make(8, 1).train())
+    teacher = task.by_hand(way.teacher(task.make(8, 1).train()))
     own = learn.loss_func = Written(learn, task, column, teacher, start, pairs, way.weight)
     split = learn.splitter if way.splitter else lambda m: [list(m.parameters())]
     def splitter(m):
@@ -191,6 +197,20 @@ def compare(task, column, path, way):
         if way.dtype!=torch.float64: tol = min(apart(b, hand(path/'c', Rounded())), 2e-3)
     equal(a, b, tol)
     return f'✓ with `{at}`' if at else '✓'
+
+def refusal(task, way, column, path, says):
+    "What a cell says where the fit is refused before anything is trained, with these words"
+    with floating(way.dtype):
+        teacher,learn = way.teacher(task.make(8, 1).train()),made(task, way, path)
+        was = state(learn.model)
+        with pytest.raises(ValueError, match=re.escape(says)):
+            learn.fit(1, cbs=task.callback(column, task.taught(teacher), way.weight))
+        assert_same(state(learn.model), was)
+    return f'✗ {says}'
+
+def cell(task, way, column, path):
+    says = {**task.refused, **way.refused}.get(column)
+    return compare(task, column, path, way) if says is None else refusal(task, way, column, path, says)
 
 # ---- tasks ----
 
@@ -390,6 +410,75 @@ def two_targets():
     return dls
 layers = [f'm.layer{i}' for i in (1,2,3)]
 
+class OfFirst(nn.CrossEntropyLoss):
+    "Of a network that returns a tuple in training"
+    def forward(self, pred, y): return super().forward(logits_of(pred), y)
+def logits_of(o): return o if isinstance(o, torch.Tensor) else o.logits
+class AuxAlone(Task):
+    "In evaluation the teacher returns its logits themselves"
+    def teaching(self, teacher): return teacher
+
+class Residual(nn.Sequential):
+    def forward(self, z): return z+super().forward(z).relu()
+class Skips(nn.Module):
+    "LayerDrop: its last block is skipped in every other step of training, at random"
+    def __init__(self, w, s):
+        super().__init__()
+        self.m = net(w, s=s)
+        self.block = Residual(nn.Conv2d(4*w, 4*w, 3, 1, 1), nn.BatchNorm2d(4*w))
+    def forward(self, x):
+        z = self.m.layer3(self.m.layer2(self.m.layer1(x)))
+        if not self.training or torch.rand(()).item()<.5: z = self.block(z)
+        return self.m[3:](z)
+
+class Padded(Encoder):
+    "Of rows of a picture, as words"
+    def __init__(self, w, s): super().__init__(True, s, 4*w)
+    def forward(self, x): return super().forward(x[:,None])
+
+def along(w, s):
+    "A class for every position of a signal, `(B,C,L)`"
+    stages,head = over(1)(w, s)[:3],nn.Conv1d(4*w, 3, 1)
+    return nn.Sequential(OrderedDict(stages.named_children(), head=head, up=nn.Upsample(scale_factor=4)))
+def positions(): return tuples(X[:160].flatten(2), (X[:160]>.3).long().flatten(1)+(X[:160]>.8).long().flatten(1),
+                               drop_last=True)
+def of_positions():
+    def f(pred, y): return F.cross_entropy(pred, y)
+    f.kind = 'single'
+    return f
+
+def fcn(w, s):
+    "torchvision's, of a small trunk, with its auxiliary classifier"
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation.fcn import FCN,FCNHead
+    trunk = IntermediateLayerGetter(net(w, s=s), dict(layer2='aux', layer3='out'))
+    return FCN(trunk, FCNHead(4*w, 3), FCNHead(2*w, 3))
+class OfAux(nn.CrossEntropyLoss):
+    def __init__(self): super().__init__(ignore_index=255)
+    def forward(self, pred, y):
+        return super().forward(pred['out'], y) + (.5*super().forward(pred['aux'], y) if 'aux' in pred else 0)
+
+# teachers that are no ordinary modules
+
+class Inferring(nn.Sequential): forward = torch.inference_mode()(nn.Sequential.forward)
+def inferring(t):
+    t.__class__ = Inferring
+    return t
+def program(t):
+    from torch.export import Dim,export
+    items = getattr(Dim, 'AUTO', None) or Dim('items', min=2)            # torch 2.4 has no AUTO
+    return export(t.eval(), (real(X[:32]),), dynamic_shapes=({0: items},))
+def arrays(t):
+    t.eval()
+    def f(x):
+        with torch.no_grad(): return t(x).numpy()
+    return f
+def given_its_own(t):
+    "Half precision by hand"
+    t.bfloat16().register_forward_pre_hook(lambda m, args: tuple(o.bfloat16() for o in args))
+    return t
+whole = 'TorchScript and exported programs run as a whole, and their layers cannot be read'
+
 def first(o): return o[0] if isinstance(o, tuple) else o
 
 classified = dict(dls=snippets, cbs=rnn, select=first, found=['0[0]'], cuts=[['1.layers.0.1','1.layers.0']])
@@ -426,7 +515,29 @@ tasks = {
         output=1, found=layers),
     'an own loss function (ignore_index=)': Task(
         make=Ink, dls=images(ink), loss=own_function, kd=masked, ignore_index=255, found=layers),
+    'a list of tensors as input': Task(make=lambda w,s: Wrapped(net(w, s=s), 'list'), dls=partial(data, 'list'),
+                                       found=layers),
+    'a tuple in training alone (output=)': AuxAlone(
+        make=lambda w,s: Aux(w, s=s), loss=OfFirst, select=logits_of, output=lambda o: o.logits,
+        found=[f'n.layer{i}' for i in (1,2,3)]),
+    'layers skipped at random (LayerDrop)': Task(make=Skips, found=['m.layer1','m.layer2','block']),
+    "PyTorch's nn.TransformerEncoder, a padding mask": Task(
+        make=Padded, dls=lambda: tuples(X[:160,0], Y[:160], drop_last=True),
+        found=['encoder.layers.0','encoder.layers.1']),
+    'predictions (B,C,L), an own loss function': Task(make=along, dls=positions, loss=of_positions),
+    'segmentation (FCN, auxiliary classifier; output=)': Task(
+        make=fcn, dls=images(ink), loss=OfAux, kd=masked, select=lambda o: o['out'], output='out',
+        found=[f'backbone.layer{i}' for i in (1,2,3)]),
     'plain torch DataLoaders': Task(dls=torch_loaders),
+    'a teacher of TorchScript': Task(taught=torch.jit.script, refused=dict.fromkeys(columns[1:], whole)),
+    'a teacher of torch.export': Task(taught=program, refused=dict.fromkeys(columns[1:], whole)),
+    'a function that returns arrays as teacher': Task(taught=arrays, refused=dict.fromkeys(
+        columns[1:], 'reads the layers of one network, which Called(f) does not have: give a single teacher')),
+    'a teacher in half precision (bf16)': Task(taught=lambda t: t.bfloat16(), by_hand=given_its_own,
+                                               dtype=torch.float32),
+    'a teacher under inference_mode': Task(taught=inferring, refused={
+        columns[2]: 'its forward runs under torch.inference_mode(), so that no gradient comes back'}),
+    'weights merged by eval()': Task(make=lambda w,s: merging(w, s)),
     'a teacher with other table codes': Task(taught=other_codes, **tabled),
     'a teacher with other word numbers': Task(make=classifier, taught=other_words,
                                               **classified|dict(dls=named_snippets)),
@@ -438,7 +549,8 @@ tasks = {
 @pytest.mark.parametrize('column', columns)
 @pytest.mark.parametrize('name', tasks)
 def test_task(name, column, tmp_path):
-    found(name, column, compare(tasks[name], column, tmp_path, Way()))
+    task = tasks[name]
+    found(name, column, cell(task, Way(dtype=task.dtype), column, tmp_path))
 
 # ---- ways of training ----
 
@@ -509,6 +621,24 @@ class Scaled(MixedPrecision):
         self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**16)
     def after_pred(self): pass
 accumulated = partial(GradientAccumulation, 64)
+def held_norms(learn, cbs):
+    learn.freeze()
+    learn.fit(2, cbs=[*cbs,BnFreeze()])
+class Checkpointed(nn.Sequential):
+    "Its last two stages are one segment"
+    def segment(self, z): return self.layer3(self.layer2(z))
+    def forward(self, x):
+        z = self.layer1(x)
+        if self.training: z = checkpoint(self.segment, z, use_reentrant=self.reentrant)
+        else: z = self.segment(z)
+        return self.fc(self.flat(self.pool(z)))
+def checkpointed(m, reentrant):
+    m.__class__,m.reentrant = Checkpointed,reentrant
+    return m
+def quantised(m):
+    from torch.ao.quantization import get_default_qat_qconfig,prepare_qat
+    m.qconfig = get_default_qat_qconfig('fbgemm')
+    return prepare_qat(m)
 def compiled(m):
     m.compile(backend='aot_eager')                                     # inductor itself is in test_compile.py
     return m
@@ -544,6 +674,7 @@ ways = {
     'GradientClip': Way(run=each(lambda: GradientClip(.1))),
     'mixed precision (bf16, CPU)': Way(run=each(HalfCPU), dtype=torch.float32),
     'mixed precision (fp16 scaler)': Way(run=each(Scaled)),
+    'BnFreeze': Way(run=held_norms, splitter=halves, make=lambda: dict(train_bn=False)),
     'ChannelsLast': Way(run=each(ChannelsLast)),
     'MixUp': Way(run=each(lambda: MixUp(.4))),
     'CutMix': Way(run=each(lambda: CutMix(1.))),
@@ -564,6 +695,15 @@ ways = {
                                other=dict(dls=partial(unlabelled, labels=True), loss=Zero)),
     'some labels missing': Way(run=each(MissingLabels), dls=some_missing, loss=nn.CrossEntropyLoss,
                                other=dict(run=fit)),                   # which torch's own leaves out
+    'checkpoint(use_reentrant=False)': Way(student=partial(checkpointed, reentrant=False)),
+    'checkpoint(use_reentrant=True)': Way(student=partial(checkpointed, reentrant=True), refused={
+        columns[2]: 'inside checkpoint(…, use_reentrant=True): use use_reentrant=False, or name a layer outside of '
+                    'that'}),
+    'a student of TorchScript': Way(student=torch.jit.script, other=dict(student=noop),
+                                    refused=dict.fromkeys(columns[1:], whole)),
+    'a quantised student (QAT)': Way(student=quantised, dtype=torch.float32, refused={
+        columns[2]: "the output also depends on what came before it in another way (first seen at "
+                    "'layer2.0.activation_post_process')"}),
     'a compiled student': Way(student=compiled, other=dict(student=noop)),
     'a compiled teacher': Way(teacher=compiled, other=dict(teacher=noop)),
     'two fits': Way(run=twice),
@@ -575,7 +715,7 @@ ways = {
 @pytest.mark.parametrize('column', columns)
 @pytest.mark.parametrize('name', ways)
 def test_way(name, column, tmp_path):
-    check = partial(compare, tasks['single-label images'], column, tmp_path, ways[name])
+    check = partial(cell, tasks['single-label images'], ways[name], column, tmp_path)
     if 'compiled' in name and column!=columns[0] and not hasattr(torch.compiler, 'set_stance'):
         says = 'can be read inside from torch 2.6 on'                  # test_compile.py holds the words
         with pytest.raises(ValueError, match=says): check()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import KD,X,Real,assert_close,assert_same,get_dls,in_float64,learner,left,net,seed,state
+from common import KD,At,X,Real,assert_close,assert_same,get_dls,in_float64,learner,left,net,seed,state
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses import FCFD,FitNet,SoftTarget
 from fasterdistill.networks import Net,look,stages
@@ -166,15 +166,16 @@ class Drops(nn.Module):
 def test_functional_dropout_of_a_feature_extractor():
     from torchvision.models.feature_extraction import create_feature_extractor
     def drops(m): return bool((m(X[:32])['dropout']==0).any())
+    def note(l): steps.append((l.training, bool((l.pred['dropout']==0).any())))
+    steps = []
     student,teacher = (create_feature_extractor(Drops(w), ['dropout']).train() for w in (4,8))
     learn = learner(student, get_dls(n=32), cbs=KD(Frozen(teacher, output='dropout'), SoftTarget(), output='dropout'),
                     loss_func=lambda o, y: F.cross_entropy(o['dropout'], y), metrics=[])
     said = look(teacher, X[:32]).raw['dropout']
     assert not (said==0).any()                           # read in evaluation
-    learn.fit(1)
+    learn.fit(1, cbs=At('after_pred', note))
     assert drops(teacher)
-    student.train()
-    assert drops(student)
+    assert steps==[(True,True),(False,False),(False,False)]          # the step trains with it, behind the opening
 
 def test_an_inner_part_held_in_evaluation_stays_so():
     teacher = merging(8)

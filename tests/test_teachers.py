@@ -503,6 +503,17 @@ def test_an_error_of_the_teachers_own(make, loss):
     match = r'(?s)the teacher \(Wants\) failed in its own forward, given \(32, 1, 8, 8\).*3 channels.*size=.*inputs='
     refuses(learner(net(), get_dls(n=32)), match, KD(make(), loss), error=RuntimeError)
 
+def test_a_teacher_of_fewer_words():
+    "And one whose positions end before the text does"
+    x = torch.randint(0, 60, (96,12))
+    student = nn.Sequential(nn.Embedding(60, 4), nn.Flatten(), nn.Linear(48, 10))
+    def learn(): return learner(student, tuples(x, Y[:96], n=64, valid=32), metrics=[])
+    few = nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(48, 10))
+    short = nn.Sequential(nn.Embedding(60, 4), nn.Flatten(), nn.Linear(32, 10))
+    for t,error in ((few,IndexError),(short,RuntimeError)):
+        match = r'(?s)the teacher \(Sequential\) failed in its own forward, given \(32, 12\).*inputs='
+        refuses(learn(), match, KD(t, SoftTarget()), error=error)
+
 def test_what_the_error_offers_helps():
     t = Frozen(Wants(), size=16, inputs=lambda x: x.expand(-1,3,-1,-1))
     learner(net(), get_dls(n=32), cbs=KD(t, SoftTarget())).fit(1)

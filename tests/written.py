@@ -66,7 +66,9 @@ class Written:
         self.begins = learn.model.register_forward_pre_hook(self.begin)
         self.xb = self.key = self.shape = None
     def begin(self, model, args):
-        if not self.maps.busy: self.xb = tree_map_only(torch.Tensor, lambda x: x.as_subclass(torch.Tensor), args)
+        if self.maps.busy: return
+        self.xb = tree_map_only(torch.Tensor, lambda x: x.as_subclass(torch.Tensor), args)
+        self.maps.fm.clear()
     def remove(self):
         self.maps.remove()
         self.begins.remove()
@@ -89,17 +91,22 @@ class Written:
     def value(self, pred, yb):
         "What the batch that just passed adds"
         theirs = Layers(self.teacher, self.t)
+        torch.backends.mha.set_fastpath_enabled(False)                 # which hands nested tensors to hooks
         with torch.no_grad(): t = self.task.select(self.teacher(*self.xb))
+        torch.backends.mha.set_fastpath_enabled(True)
         theirs.remove()
         amp = torch.is_autocast_enabled('cpu')
-        batch = SimpleNamespace(s=plain(pred), t=plain(t), y=self.task.label(yb), fs={n: self.maps[n] for n in self.s},
+        batch = SimpleNamespace(s=plain(pred), t=plain(t), y=self.task.label(yb),
+                                fs={n: self.maps[n] for n in self.s if n in self.maps.fm},      # that ran
                                 ft={n: theirs[n] for n in self.t})
         with torch.autocast('cpu', enabled=False): return self.distil(batch, amp)
     def soft(self, b, amp): return self.task.kd(b.s, b.t, b.y)
     def hints(self, b, amp):
-        pairs = [(a(s),t) for a,s,t in zip(self.term.adapters, b.fs.values(), b.ft.values(), strict=True)]
+        layers = zip(self.term.adapters, self.s, self.t, strict=True)
+        pairs = [(a(b.fs[s]),b.ft[t]) for a,s,t in layers if s in b.fs]
         return sum((s-as_grid(t, s)).pow(2).mean() for s,t in pairs)
     def mixed(self, b, amp):
+        if len(b.fs)<len(self.s): return 0.
         l = self.learn
         student,teacher = self.networks(amp)
         return self.term(fm_s=b.fs, fm_t=b.ft, pred=b.s, teacher_pred=b.t, student=student, teacher=teacher,

@@ -16,7 +16,8 @@ from functools import lru_cache
 from inspect import signature
 import numpy as np,torch
 from torch.nn.modules.module import register_module_forward_hook,register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten,tree_leaves,tree_unflatten
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten,tree_leaves,tree_map,tree_unflatten
 from .as_it_was import as_it_was,memory
 
 # %% ../../nbs/networks/01_record.ipynb #t001
@@ -45,9 +46,10 @@ def detached(o):
     return each(torch.Tensor.detach, o)
 
 def lifted(o, double=True):
-    """`o` without a subclass, half precision as float32, and float64 unless it may be `double`; where that is a type,
-    all floating-point numbers in it; all else as it is"""
+    """`o` without a subclass, half precision and quantised numbers as float32, and float64 unless it may be `double`;
+    where that is a type, all floating-point numbers in it; all else as it is"""
     o = plain(o)
+    if isinstance(o, torch.Tensor) and o.is_quantized: o = o.dequantize()
     if not isinstance(o, torch.Tensor) or not o.is_floating_point(): return o
     if isinstance(double, torch.dtype): return o.to(double)
     return o if o.dtype==torch.float32 or double and o.dtype==torch.float64 else o.float()
@@ -160,8 +162,11 @@ Info = namedtuple('Info', 'shape dtype')
 Info.__doc__ = "What is noted of a tensor"
 
 def as_info(o):
-    "A (nested) output with an `Info` in the place of each tensor"
+    "A (nested) output with an `Info` in the place of each tensor, a tuple in that of a packed sequence"
+    if not isinstance(o, torch.Tensor): o = tree_map(lambda p: tuple(p) if _is_packed(p) else p, o, is_leaf=_is_packed)
     return each(lambda t: Info(tuple(t.shape), t.dtype), o)
+
+def _is_packed(o): return isinstance(o, PackedSequence)          # which is made of tensors alone
 
 # %% ../../nbs/networks/01_record.ipynb #c009b
 class Record:
@@ -235,7 +240,7 @@ class Kept:
 def _prints(o):
     "Two numbers for each tensor in `o` that tell its values and their order apart from others"
     flat = [t.detach().reshape(-1) for t in tensors(o) if t.numel()]
-    flat = [t if t.dtype==torch.float64 else t.float() for t in flat]
+    flat = [t if t.dtype==torch.float64 else t.dequantize() if t.is_quantized else t.float() for t in flat]
     ramps = [torch.linspace(1, 2, len(t), dtype=t.dtype, device=t.device) for t in flat]
     return [torch.stack([t@ramp, t.abs().sum()]) for t,ramp in zip(flat, ramps, strict=True)]
 
@@ -287,7 +292,7 @@ def input_of(module, args, kwargs, arg=None):
 
 # %% ../../nbs/networks/01_record.ipynb #c009e
 class _Recorder:
-    "Fills a `Record` while a network runs, by two hooks that see every module"
+    "Fills a `Record` while a network runs, by hooks on every module, behind those of the user"
     def __init__(self, model, xb, keep, copy, prints):
         self.rec,self.copy,self.prints = Record(model, xb),copy,prints
         self.names = {m: n for n,m in model.named_modules()}
@@ -305,7 +310,11 @@ class _Recorder:
         "The hooks, put on: global ones are not told what is given by name"
         inputs = {name for name,_,kind in self.keep if kind=='in'}
         own = [m.register_forward_pre_hook(self.given, with_kwargs=True) for m,n in self.names.items() if n in inputs]
-        return [register_module_forward_pre_hook(self.enter),register_module_forward_hook(self.leave),*own]
+        own += [m.register_forward_hook(self.leave) for m in self.names if not isinstance(m, torch.jit.ScriptModule)]
+        return [register_module_forward_pre_hook(self.enter),register_module_forward_hook(self.leave_scripted),*own]
+    def leave_scripted(self, module, args, out):
+        "TorchScript takes no hooks of its own, which see what hooks of the user have made of an output"
+        if isinstance(module, torch.jit.ScriptModule): self.leave(module, args, out)
     def enter(self, module, args):
         if module not in self.names: return
         n = self.counts[module] = self.counts.get(module, 0)+1

@@ -29,10 +29,11 @@ def _has(o):
 def activations(rec, layers, who='network'):
     "What `layers` (by name) returned in the recorded pass, by name; `ValueError` for one that did not run"
     res = {name: item_of(_kept(rec, name, l, who).value, l.item, name) for name,l in layers.items()}
-    absent = next((name for name,l in layers.items() if l.kind=='in' and res[name] is None), None)
+    absent = next((name for name in layers if res[name] is None), None)
     if absent is None: return res
-    raise ValueError(f'{absent!r} of the {who} ({type(rec.model).__name__}): that input is None or not given on this '
-                     'batch, so there is nothing to read')
+    what = 'that input is None or not given' if layers[absent].kind=='in' else 'that is None'
+    raise ValueError(f'{absent!r} of the {who} ({type(rec.model).__name__}): {what} on this batch, '
+                     'so there is nothing to read')
 
 def overwritten(rec, layers, who='network'):
     "The names of `layers` whose activation is written into later in the pass; `ValueError` for one that did not run"
