@@ -1479,6 +1479,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fasterdistill/networks/names.py'),
                                               'fasterdistill.networks.names.find_layer': ( 'networks/names.html#find_layer',
                                                                                            'fasterdistill/networks/names.py'),
+                                              'fasterdistill.networks.names.get_model_layers': ( 'networks/names.html#get_model_layers',
+                                                                                                 'fasterdistill/networks/names.py'),
+                                              'fasterdistill.networks.names.match_feature_layers': ( 'networks/names.html#match_feature_layers',
+                                                                                                     'fasterdistill/networks/names.py'),
                                               'fasterdistill.networks.names.match_stages': ( 'networks/names.html#match_stages',
                                                                                              'fasterdistill/networks/names.py'),
                                               'fasterdistill.networks.names.no_stages': ( 'networks/names.html#no_stages',
@@ -2089,5 +2093,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                 'fasterdistill.teachers.teacher.task_criterion': ( 'teachers/teacher.html#task_criterion',
                                                                                                    'fasterdistill/teachers/teacher.py')},
             'fasterdistill.weight': { 'fasterdistill.weight._depends_on': ('weight.html#_depends_on', 'fasterdistill/weight.py'),
+                                      'fasterdistill.weight._function': ('weight.html#_function', 'fasterdistill/weight.py'),
                                       'fasterdistill.weight.check_weight': ('weight.html#check_weight', 'fasterdistill/weight.py'),
                                       'fasterdistill.weight.weigher': ('weight.html#weigher', 'fasterdistill/weight.py')}}}

@@ -10,10 +10,12 @@ from . import losses
 from .callback import KnowledgeDistillationCallback
 from .checkpoint import Checkpoint
 from .loss import DistillLoss,FeatureLoss,TaskLoss,after,as_loss,ramp,steps
+from .losses.fitnet import hint,pointwise
 from .losses.simkd import simkd_student
+from .losses.sskd import fit_head
 from .missing import MissingLabels
 from .networks.adapters import bridge,exit_head,local_to_global,regressor
-from .networks.names import find_layer,pair_layers
+from .networks.names import find_layer,get_model_layers,match_feature_layers,pair_layers
 from .networks.net import Net
 from .networks.layouts import pooled,to_map
 from .networks.stages import stages
