@@ -36,9 +36,12 @@ from fasterdistill.callback import KnowledgeDistillationCallback
 from fasterdistill.checkpoint import Checkpoint
 from fasterdistill.loss import TaskLoss,ramp
 from fasterdistill.losses.attention import Attention
+from fasterdistill.losses.consistency import CSKD,DDGSD
 from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.fcfd import FCFD
 from fasterdistill.losses.logits import SoftTarget
+from fasterdistill.losses.sad import SAD
+from fasterdistill.losses.uskd import USKD
 
 # -- what is compared: an arm, a teacher, a student, a budget is a line
 
@@ -60,6 +63,10 @@ arms = {                                                       # each gets the n
     'DKD': lambda n: TaskLoss()+ramp(max(n//12, 1))*DKD(alpha=1, beta=8, T=4),
     'Attention': lambda n: TaskLoss()+1000*Attention().at(stages),
     'FCFD': lambda n: TaskLoss()+FCFD(weight=.02, warmup=max(n//12, 1)).at(stages),
+    'SAD': lambda n: TaskLoss()+.1*SAD().at(stages),           # from here on without the teacher
+    'USKD': lambda n: TaskLoss()+USKD(alpha=.1, mu=.1).at('layer2'),
+    'CSKD': lambda n: TaskLoss()+CSKD(T=4),
+    'DDGSD': lambda n: .5*TaskLoss()+DDGSD(T=4),
 }
 students = dict(resnet8=resnet8, resnet20=resnet20, resnet56=resnet56)
 
@@ -168,10 +175,10 @@ def machine(device):
     return (f'{chip}; torch {torch.__version__}, fastai {fastai.__version__}, '
             f'fasterdistill {fasterdistill.__version__}, Python {platform.python_version()}')
 
-def taught_by(name, folder, test, device):
+def taught_by(name, folder, test, device, layout=torch.contiguous_format):
     "A teacher and its accuracy on `test`, measured; the end if that is not the one it came with"
     teacher = teachers[name]
-    model = teacher.make().to(device).eval()
+    model = teacher.make().to(device, memory_format=layout).eval()
     model.load_state_dict(load_file(str(Path(folder)/f'{name}.safetensors')))
     with torch.no_grad(): hits = sum((model(x).argmax(1)==y).sum() for x,y in test)
     got = 100*float(hits)/len(test.labels)
@@ -191,10 +198,11 @@ def fit(run, data, where, device, deadline=float('inf'), cbs=()):
     model = students[run.student]().to(device, memory_format=layout)
     facts,cbs = dict(settings=settings(run), arm=run.arm, seed=run.seed, machine=machine(device)),[*cbs]
     if arms[run.arm]:
-        teacher,facts['teacher_accuracy'] = taught_by(run.teacher, where.teachers, test, device)
-        loss = arms[run.arm](b.epochs)
+        loss,teacher = arms[run.arm](b.epochs),None
         facts['expression'] = repr(loss)
-        cbs.append(KnowledgeDistillationCallback(teacher.to(memory_format=layout), loss, columns=False))
+        if {'teacher_pred','fm_t','teacher'} & loss.reads.keys():
+            teacher,facts['teacher_accuracy'] = taught_by(run.teacher, where.teachers, test, device, layout)
+        cbs.append(KnowledgeDistillationCallback(teacher, loss, columns=False))
     if opts.bf16: cbs.append(MixedPrecision(amp_mode=AMPMode.BF16))
     if opts.compile: model.compile()
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=b.nesterov)

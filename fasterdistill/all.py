@@ -10,6 +10,7 @@ from . import losses
 from .callback import KnowledgeDistillationCallback
 from .checkpoint import Checkpoint
 from .loss import DistillLoss,FeatureLoss,TaskLoss,after,as_loss,ramp,steps
+from .losses.consistency import shuffle_in_pairs
 from .losses.fitnet import hint,pointwise
 from .losses.simkd import simkd_student
 from .losses.sskd import fit_head
@@ -21,7 +22,7 @@ from .networks.layouts import pooled,to_map
 from .networks.stages import stages
 from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
 from .task import gather
-from .teachers import Called,Ensemble,Frozen,Teacher,as_teacher
+from .teachers import EMA,Called,Ensemble,Frozen,Teacher,as_teacher
 
 def _is_loss(o): return isinstance(o, type) and issubclass(o, DistillLoss)
 

@@ -15,6 +15,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
 from .fit.batch import Task
+from .fit.beside import PartsBeside
 from .fit.learned import LearnedParts,check_kept,copied,kept_parts
 from .fit.opening import Opening
 from .fit.plan import Plan,a_batch,devices_kept,precision
@@ -71,6 +72,7 @@ class KnowledgeDistillationCallback(Quick):
         self.weight,self.schedule,self.columns = weight,schedule,columns
         self.output,self.target,self.ignore_index = output,target,ignore_index
         self.suits = self.loss is None                   # the loss is the one that suits the Learner
+        self.skipped = False                             # whether the step that ends now was none of the optimizer's
         self.teaching,self.learned,self.shown = None,None,None   # of the fit under way, or of the last one
         self.kept,self.past,self.findings = None,[],{}   # a file to go on from; epochs; what is known of the networks
         check_share(weight, schedule)
@@ -85,10 +87,11 @@ class KnowledgeDistillationCallback(Quick):
         return f'{type(self).__name__}({self.teacher!r}, {self.loss!r}{more})'
     def __reduce__(self): return Callback,()             # a pickled Learner loads where this package is not
     def __deepcopy__(self, memo):
-        "The callback of a copied Learner goes on where that one was; the teacher is shared"
+        "The callback of a copied Learner goes on where that one was; a teacher that does not change is shared"
         res = type(self).__new__(type(self))
         memo[id(self)] = res
-        now = dict(teacher=self.teacher, teaching=None, learned=None, shown=None, findings={})
+        teacher = self.teacher and self.teacher.copied(memo)
+        now = dict(teacher=teacher, teaching=None, learned=None, shown=None, findings={})
         if self.learned is not None:
             going_on = self.learn is not None and self.learn.opt is self.learned.opt
             now['learned'] = copied(self.learned, memo, going_on)
@@ -102,16 +105,19 @@ class KnowledgeDistillationCallback(Quick):
     @contextmanager
     def fitting(self, learn):
         "Around `Learner.fit`"
-        vars(self)['loss'] = self.loss_for(learn)
-        if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
+        self.take_loss(learn)
         self.past.clear()
         terms = self.terms_of(self.loss)
         now = self.teaching = Teaching(learn, self.teacher, terms, self.learned, self.task_of, self.findings, self.past)
         self.shown = now.columns
         try:
-            with around_fit(now, self.columns): yield
+            with around_fit(now, self.columns, [PartsBeside(self.learned)]): yield
         finally: self.teaching = None
     def loss_for(self, learn): return suited(learn, self.loss) if self.suits else self.loss
+    def take_loss(self, learn):
+        "The loss that suits `learn`, and its parts"
+        vars(self)['loss'] = self.loss_for(learn)
+        if self.learned is None or self.learned.loss is not self.loss: self.learned = LearnedParts(self.loss)
 
     # between epochs a Learner is saved, exported and copied: then the optimizer is the student's alone
     def before_train(self):
@@ -138,16 +144,19 @@ class KnowledgeDistillationCallback(Quick):
         learn.yb = torch.zeros(n, device=task.device),   # and takes no step where there is no target
     def after_backward(self): self.learned.mean_grads()
     def before_step(self): self.learned.rejoin()
+    def after_cancel_step(self): self.skipped = True
     def after_step(self):
         self.learned.note()
-        if self.teacher is not None: self.teacher.after_step(self.learn)
+        if self.teacher is not None and not self.skipped: self.teacher.after_step(self.learn)
+        self.skipped = False
     def after_batch(self): self.teaching.after_batch()
 
     def state_dict(self):
-        "What a fit that goes on needs of the losses; the student and the teacher are not in it"
+        "What a fit that goes on needs of the losses, and of a teacher that changes; the student is not in it"
         if self.loss is None: return dict(loss=None)
         parts = LearnedParts(self.loss) if self.learned is None else self.learned
-        return dict(kept_parts(parts), history=list(self.past))
+        teacher = {} if self.teacher is None else self.teacher.state_dict()
+        return dict(kept_parts(parts), history=list(self.past), teacher=teacher)
     def load_state_dict(self, state):
         "Go on from what `state_dict` returned, at the next fit's first batch; `ValueError` if of another loss"
         check_kept(self.loss, state)
@@ -160,13 +169,31 @@ class KnowledgeDistillationCallback(Quick):
         learn=None, # The Learner; the one the callback is on by default
     ):
         "What a fit would do, tried on one batch: pairs, shapes, learned parts, values. Nothing is changed"
-        learn = learn or self.learn
-        if learn is None: raise ValueError('plan() needs a Learner: plan(learn), or add the callback to one first')
+        learn = self.learner('plan', learn)
         terms = self.terms_of(self.loss_for(learn) if self.suits else deepcopy(self.loss))
+        with self.tried(learn, LearnedParts(terms.loss), terms, ask_task=True) as opening: return Plan(opening, terms)
+    def ready(self,
+        learn=None, # The Learner; the one the callback is on by default
+    ):
+        """The loss, with what it learns made as by a fit's first batch, so that weights that were kept load; the next
+        fit goes on from there. Parts that there are stay, and nothing else is changed. `RuntimeError` in a fit."""
+        learn = self.learner('ready', learn)
+        if self.teaching is not None: raise RuntimeError('ready() is for before or after a fit, which makes its parts')
+        self.take_loss(learn)
+        try:
+            with self.tried(learn, self.learned, self.terms_of(self.loss)): return self.loss
+        finally: self.learned.end()
+    def learner(self, what, learn):
+        "`learn`, or the Learner the callback is on; `ValueError` where there is none"
+        if (learn := learn or self.learn) is not None: return learn
+        raise ValueError(f'{what}() needs a Learner: {what}(learn), or add the callback to one first')
+    @contextmanager
+    def tried(self, learn, parts, terms, **kwargs):
+        "The `Opening` of a fit on one batch, and afterwards everything as it was but `parts`"
         networks = self.teacher.networks() if self.teacher is not None else []
         with devices_kept(networks), a_batch(learn), precision(learn), ExitStack() as stack:
-            parts = LearnedParts(terms.loss)
-            return Plan(Opening(learn, self.teacher, terms, parts, stack, self.task_of, ask_task=True), terms)
+            if self.teacher is not None: stack.callback(self.teacher.put_back_later())
+            yield Opening(learn, self.teacher, terms, parts, stack, self.task_of, **kwargs)
     @property
     def parts(self):
         "The value of each loss on the last batch, as numbers"

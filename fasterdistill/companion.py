@@ -32,6 +32,12 @@ class Companion(nn.Module):
                 raise ValueError(f'{self!r} has learned parts that were trained with another {who}: '
                                  'make a new loss for this one')
         self._networks = {who: _weakly(net) for who,net in networks.items()}
+    def met_later(self):
+        "A function that makes it know the networks that it knows now, for parts that will be put back too"
+        met = [(m, m._networks) for m in self.modules() if isinstance(m, Companion)]
+        def back():
+            for m,networks in met: m._networks = networks
+        return back
     def log(self, name, value):
         "Show `value`, a scalar tensor, in the column `name` of the training table (its mean over the epoch)"
         if name not in self.logs:
@@ -43,6 +49,9 @@ class Companion(nn.Module):
         logged,self._logged = self._logged,{}
         return logged
 
+    def networks(self):
+        "Whole networks that learn inside it, each as if it trained alone"
+        return []
     def generators(self):
         "The `torch.Generator`s that it and its modules hold"
         return [o for m in self.modules() for o in vars(m).values() if isinstance(o, torch.Generator)]

@@ -58,7 +58,14 @@ def shown(o):
     "`o` as one would write it in an expression"
     if isinstance(o, nn.Module) and not isinstance(o, DistillLoss): return type(o).__name__
     if isinstance(o, partial): return _written('partial', (o.func,*o.args), o.keywords)
+    if type(o) in (list,tuple) and o: return _brackets(o)
+    if type(o) is dict: return '{' + ', '.join(f'{k!r}: {shown(v)}' for k,v in o.items()) + '}'
     return o.__name__ if inspect.isroutine(o) or inspect.isclass(o) else repr(o)
+
+def _brackets(o):
+    "A list or tuple as one would write it"
+    left,right = '[]' if isinstance(o, list) else '()'
+    return left + ', '.join(map(shown, o)) + ','*(len(o)==1 and left=='(') + right
 
 def _written(name, args=(), kwargs={}):
     "A call as one would write it"
@@ -87,8 +94,10 @@ class DistillLoss(Companion, metaclass=_LossMeta):
     a parameter with default None is optional. Needs no `super().__init__()`. Its submodules and parameters learn
     with the student. `TypeError`, when the class is defined, for a name that cannot be read."""
     layers = None    # default layers: None, 'stages', 'stages[-3:]', 'last', 'embedding', 'output', or a list of names
+    also = ()        # names of layers read besides those, not paired: the student's, or a dict(student=…, teacher=…)
     min_items = 1    # smaller batches go without this term
     start = 0.       # the fraction of the fit before which it is 0, as the method has it
+    rests = False    # whether a batch may hold nothing for it (no two items of a class), which it then is 0 on
     gaps = False     # whether it leaves out a pair where an activation is None, as its layer did not run
     pools = False    # whether paired maps are of one size does not matter: means over positions are compared
     _readers = dict(forward=(), build=())    # methods that read by name, and what else each may name
@@ -99,6 +108,7 @@ class DistillLoss(Companion, metaclass=_LossMeta):
         for name,also in cls._readers.items():
             if name in vars(cls): _reads(vars(cls)[name], f'{cls.__name__}.{name}', also)
         if 'build' in vars(cls): cls.build = _once(cls.build)
+        _besides(cls.also, cls.__name__)
     def __pre_init__(self, *args, **kwargs):
         Companion.__init__(self)
         self._args = args,kwargs
@@ -124,11 +134,16 @@ class DistillLoss(Companion, metaclass=_LossMeta):
         `TypeError` for what names no layer, `ValueError` where parts were learned for other layers already."""
         for layers in (student,teacher): _check_layers(layers, type(self).__name__)
         if self.built: raise ValueError(f'{self!r} has learned parts for its layers already: make a new one for others')
-        args,kwargs = self._args             # the copy has parts of its own, but the networks that it was given
-        res = deepcopy(self, {id(o): o for o in (*args,*kwargs.values()) if isinstance(o, nn.Module)})
+        res = deepcopy(self, {id(o): o for o in _networks(self._args)})      # parts of its own, networks as given
         res.named_layers = student,teacher
         res.take_logged()
         return res
+    def beside(self, who):
+        "Names of the layers of `who`, 'student' or 'teacher', that `also` adds to those that are declared"
+        return _besides(self.also, type(self).__name__).get(who, ())
+    def declared(self, fm, who='student'):
+        "What is in `fm`, activations of `who` by name, without those that `also` adds at its end"
+        return dict(list(fm.items())[:len(fm)-len(self.beside(who))])
 
     def terms(self):
         "What it is a sum of, a list of `(weights, loss)`"
@@ -151,6 +166,21 @@ def _check_layers(o, name):
     names = [o] if isinstance(o, (str,int)) else o
     if not o or not all(isinstance(n, str) for n in names):
         raise TypeError(f'{name}().at({o!r}): expected the name of a layer, or a list of names')
+
+def _besides(also, name):
+    "`also` as a dict of tuples; `TypeError` for what names no layers"
+    each = also if isinstance(also, dict) else dict(student=also)
+    res = {who: tuple(names) if isinstance(names, (tuple,list)) else (names,) for who,names in each.items()}
+    if not res.keys()<={'student','teacher'} or not all(isinstance(n, str) for names in res.values() for n in names):
+        raise TypeError(f"{name}.also is {also!r}: expected names of layers of the student, as ('embedding',), "
+                        "or dict(student=…, teacher=…)")
+    return res
+
+def _networks(o):
+    "The modules in nested tuples, lists and dicts"
+    if isinstance(o, nn.Module): return [o]
+    if isinstance(o, dict): o = o.values()
+    return [m for part in o for m in _networks(part)] if isinstance(o, (tuple,list,type({}.values()))) else []
 
 def _weighed(loss, weight):
     "`weight*loss`, each of its terms weighed"
@@ -252,6 +282,7 @@ class Sum(DistillLoss):
         return sum(weigher(w)(pos, epoch)*l(**_readable(l, given)) for w,l in self.terms())
     def begin(self, student, teacher=None):
         for l in self.losses: l.begin(student, teacher)
+    def networks(self): return [net for l in self.losses for net in l.networks()]
     def at(self, student, teacher=None):
         raise TypeError('.at names the layers of one loss: write it behind the loss itself, '
                         'as in TaskLoss() + FitNet().at("layer3")')
@@ -304,7 +335,7 @@ class FeatureLoss(DistillLoss):
         make = self._adapter()
         if make is None: return
         more = dict(xb=xb) if 'xb' in _params(make) else {}
-        pairs = zip(fm_s.values(), fm_t.values(), strict=True)
+        pairs = zip(self.declared(fm_s).values(), self.declared(fm_t, 'teacher').values(), strict=True)
         self.adapters.extend([make(s, t, **more).to(s.device) for s,t in pairs])
     def _adapter(self):
         "The adapter as a function of `s`, `t` and what else it names"
@@ -320,6 +351,7 @@ class FeatureLoss(DistillLoss):
         pair = _reads(type(self).pair, f'{type(self).__name__}.pair', self._readers['pair'])
         return dict(fm_s=True, fm_t=True) | pair
     def forward(self, fm_s, fm_t, **given):
+        fm_s,fm_t = self.declared(fm_s),self.declared(fm_t, 'teacher')
         names,n,total = _params(type(self).pair),len(fm_s),0.
         self._check(fm_s, fm_t, given.keys()-names)
         for i,(s,t) in enumerate(zip(fm_s.values(), fm_t.values(), strict=True)):

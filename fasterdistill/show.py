@@ -8,6 +8,7 @@ __all__ = ['colors', 'show_layers', 'plot_parts', 'show_attention', 'predictions
 # %% ../nbs/12_show.ipynb #c002
 import math
 import matplotlib.pyplot as plt,numpy as np,pandas as pd,torch
+from fastcore.foundation import L
 from .networks.record import look,plain,reading,tupled
 from .networks.layouts import to_map
 from .networks.stages import returned,stages
@@ -72,16 +73,24 @@ def _draw(ax, picture, **kw):
     ax.imshow(picture, **kw)
     ax.set(xticks=[], yticks=[])
 
-def _attention_maps(model, layer, x):
-    "The attention maps `(B,H,W)` of `model` at `layer`"
-    taps = Taps(model, [layer], x).attach()
-    try:
-        with reading(model):
-            taps.clear(True)
-            model(*tupled(x))
-            z = to_map(taps[layer], x=x)
-    finally: taps.remove()
+def _attention_maps(network, layer, x):
+    "The attention maps `(B,H,W)` of a network at `layer`, or of its activations by layer"
+    if isinstance(network, dict): z = _at(network, layer)
+    else:
+        taps = Taps(network, [layer], x).attach()
+        try:
+            with reading(network):
+                taps.clear(True)
+                network(*tupled(x))
+                z = taps[layer]
+        finally: taps.remove()
+    z = to_map(z, x=x)
     return attention_map(z).unflatten(1, z.shape[2:])
+
+def _at(maps, layer):
+    "The activation of `layer`; `ValueError` where there is none"
+    if layer in maps: return maps[layer]
+    raise ValueError(f'there are activations of {", ".join(map(repr, maps))}, and none of {layer!r}')
 
 def _contrast(picture):
     "The same picture from 0 to 1"
@@ -91,17 +100,20 @@ def _contrast(picture):
 # %% ../nbs/12_show.ipynb #c010b
 def show_attention(
     x,          # Pictures (B,C,H,W), as the networks get them
-    networks,   # Networks by name, as in `dict(teacher=…, student=…)`
-    layers,     # A layer for each network, or one for all
+    networks,   # Networks by name, as in `dict(teacher=…, student=…)`; in the place of one its activations by layer
+    layers,     # A layer for each network, or one for all; a list of lists: several for each
     n=5,        # How many pictures
 ):
-    "Draw the attention maps (sum over channels of squared activations) of networks at a layer over some pictures"
-    layers = layers if isinstance(layers, (list,tuple)) else [layers]*len(networks)
-    rows = len(networks)+1
-    _,axs = plt.subplots(rows, n, figsize=(1.5*n, 1.5*rows), layout='constrained', squeeze=False)
+    """Draw the attention maps (sum over channels of squared activations) of networks at layers over some pictures:
+    the first layer of each network, then the second of each, …"""
+    said = layers if isinstance(layers, (list,tuple)) else [layers]*len(networks)
+    each = {name: list(L(o)) for name,o in zip(networks, said, strict=True)}
+    most = max(map(len, each.values()))
+    rows = [(name, o[i]) for i in range(most) for name,o in each.items() if i<len(o)]
+    _,axs = plt.subplots(len(rows)+1, n, figsize=(1.5*n, 1.5*(len(rows)+1)), layout='constrained', squeeze=False)
     for i in range(n): _draw(axs[0,i], _contrast(plain(x)[i]), cmap='gray')
-    for row,(name,model),layer in zip(axs[1:], networks.items(), layers, strict=True):
-        for ax,m in zip(row, _attention_maps(model, layer, x)): _draw(ax, m, cmap='magma')
+    for row,(name,layer) in zip(axs[1:], rows, strict=True):
+        for ax,m in zip(row, _attention_maps(networks[name], layer, x)): _draw(ax, m, cmap='magma')
         row[0].set_ylabel(f'{name}\n{layer}')
     return axs
 

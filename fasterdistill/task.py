@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['StandIn', 'stated', 'task_kind', 'stated_axis', 'lacking_axes', 'class_axis', 'ignored_label', 'counted',
-           'found_axis', 'check_T', 'check_choice', 'check_classes', 'same_classes', 'label_shares', 'item_classes',
-           'check_labels', 'standardized', 'log_softmax_among', 'log_own_and_rest', 'kl_rows', 'Rows', 'gather',
-           'first_row', 'same_class', 'item_rows', 'directions']
+           'found_axis', 'check_T', 'check_choice', 'check_classes', 'same_classes', 'check_one_answer', 'label_shares',
+           'item_classes', 'check_labels', 'standardized', 'log_softmax_among', 'log_own_and_rest', 'kl_rows', 'Rows',
+           'gather', 'first_row', 'same_class', 'item_rows', 'directions']
 
 # %% ../nbs/03_task.ipynb #h002
 from functools import lru_cache,partial
@@ -160,6 +160,13 @@ def same_classes(pred, teacher_pred, axis=1):
         raise ValueError(f'{shapes}: the same classes are expected of both; '
                          'Frozen(teacher, classes=[…]) picks and orders those of the teacher')
     raise ValueError(f'{shapes}: the same size is expected of both')
+
+# %% ../nbs/03_task.ipynb #c033u
+def check_one_answer(who, criterion, pred):
+    "`ValueError` unless there is one answer an item, logits `(B,C)`, and it is one class of several"
+    check_classes(who, criterion, pred, min(1, pred.ndim-1))
+    if pred.ndim==2: return
+    raise ValueError(f'{who} reads one class an item, logits (B,C); the student predicts {tuple(pred.shape)}')
 
 # %% ../nbs/03_task.ipynb #c034
 def label_shares(target, logits, criterion=None):

@@ -5,6 +5,7 @@ import sys
 from collections import OrderedDict
 from contextlib import ExitStack,contextmanager
 from functools import partial
+from importlib.metadata import version
 from unittest.mock import patch
 
 import numpy as np
@@ -165,6 +166,11 @@ def hf_vit(width=16, s=0, **config):
         hidden_size=width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=2*width,
         image_size=8, patch_size=2, num_channels=1, num_labels=10, **config))
 
+hf_old = int(version('transformers').partition('.')[0])<5
+def hf_block(path):
+    "The activation of a block: transformers 4 returns it in a tuple"
+    return f'{path}[0]' if hf_old else path
+
 def lstm(w): return dict(emb_sz=2*w, n_hid=3*w, n_layers=2)
 
 class Out(nn.Module):
@@ -285,7 +291,8 @@ def flags(m):
 _hooks = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks',
           '_forward_hooks_with_kwargs','_forward_hooks_always_called','_forward_pre_hooks_with_kwargs')
 
-def _hooked(model):
+def hooked(model):
+    "Where a network still has hooks or a patched `forward`"
     for n,o in model.named_modules():
         yield from ((n,k) for k in _hooks if getattr(o, k, None))
         if 'forward' in vars(o): yield n,'forward'
@@ -304,7 +311,7 @@ def _of_teacher(t):
 
 def left(learn, *teachers):
     "What a fit has left behind that does not belong there; empty after every fit"
-    res = [o for m in (learn.model,*teachers) for o in _hooked(m)]
+    res = [o for m in (learn.model,*teachers) for o in hooked(m)]
     if learn.opt is not None: res += _in_optimizer(learn)
     res += [f'metric {m.name}' for m in learn.metrics if m.name!='accuracy']
     ours = [cb for cb in learn.cbs if type(cb).__module__.startswith('fasterdistill')]

@@ -342,6 +342,55 @@ def test_logged_columns(teacher):
 
     with pytest.raises(ValueError, match="logs 'other'"): fitted(KD(teacher, TaskLoss()+Logs(key='other')))
 
+class Grows(DistillLoss):
+    "Logs the mean of each of its layers, of which it knows in `build`"
+    layers,also,logs = 'stages',('embedding',),('first',)
+    def build(self, fm_s): self.logs = (*type(self).logs,*(f'mean_{k}' for k in self.declared(fm_s)))
+    def forward(self, fm_s):
+        self.log('first', next(iter(fm_s.values())).mean())
+        for k,z in self.declared(fm_s).items(): self.log(f'mean_{k}', z.mean())
+        return fm_s['embedding'].mean()*0
+
+def test_names_logged_that_layers_decide():
+    "Noted like others; in the table they stand from the next fit on: its header is written before the first batch"
+    cb = KD(None, TaskLoss()+Grows().at(['layer1','layer2']))
+    learn = fitted(cb)
+    assert shown(learn)[3:]==['grows','first']
+    names = ['mean_layer1','mean_layer2']
+    for h in cb.history:
+        assert h['mean_layer1']==h['first']>0
+        assert h['mean_layer2']>0
+    assert [n for n in cb.parts if n in names]==names
+    learn.fit(1, cbs=cb)
+    assert shown(learn)[3:]==['grows','first',*names]
+    assert [learn.recorder.values[-1][list(learn.recorder.metric_names).index(n)-1] for n in names]==[
+        cb.history[-1][n] for n in names]
+    assert left(learn)==[]
+
+def test_layers_read_besides(teacher):
+    "They come last, `at` does not replace them, and what they are paired with in the other network is nothing"
+    seen = []
+    class Besides(FitNet):
+        also = dict(student=('embedding',), teacher=('fc','embedding'))
+        def forward(self, fm_s, fm_t, **given):
+            seen.append((fm_s,fm_t))
+            return super().forward(fm_s, fm_t, **given)
+    cb = KD(teacher, TaskLoss()+Besides().at('layer2'))
+    learn = learner(dls=get_dls(shuffle=False), cbs=cb)
+    rows = cb.plan().rows[1].layers
+    assert rows==['layer2 (8, 4, 4) → layer2 (16, 4, 4)', 'also embedding (fc:in) (16)',
+                  'also fc (10)', 'also embedding (fc:in) (32)']
+    seed(3)
+    learn.fit(1)
+    fm_s,fm_t = seen[-1]
+    assert [list(fm_s),list(fm_t)]==[['layer2','embedding'],['layer2','fc','embedding']]
+    assert torch.equal(teacher.fc(fm_t['embedding']), fm_t['fc'])
+    assert len(cb.loss.losses[1].adapters)==1
+    plain = KD(teacher, TaskLoss()+FitNet().at('layer2'))
+    fitted(plain, 1)
+    assert plain.history[0]['fit_net']==cb.history[0]['besides']
+    assert left(learn, teacher)==[]
+
 def test_no_columns(teacher):
     cb = KD(teacher, SoftTarget(), columns=False)
     learn = fitted(cb)

@@ -16,7 +16,8 @@ import test_processes
 import torch
 import torch.nn.functional as F
 from common import (KD,At,HalfCPU,StepLosses,Real,Rounded,X,Y,_block,assert_close,assert_same,cpu,floating,furthest,
-                    get_dls,hf_vit,kl_each,learner,left,loud,lr,lstm,net,raising,rnn,seed,state,tuples,unlabelled)
+                    get_dls,hf_block,hf_vit,kl_each,learner,left,loud,lr,lstm,net,raising,rnn,seed,state,tuples,
+                    unlabelled)
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix,MixUp
@@ -410,7 +411,7 @@ tasks = {
         cuts=[['0.rnns.1[0]','1.decoder']]),
     'text classification (BERT)': Task(
         make=bert, dls=snippets, loss=partial(OfDict, 'logits'), select=lambda o: o['logits'], output='logits',
-        found=[f'bert.encoder.layer.{i}' for i in range(4)], lr=.01),
+        found=[hf_block(f'bert.encoder.layer.{i}') for i in range(4)], lr=.01),
     'signals (1-D convolutions)': Task(make=over(1), dls=signals),
     'volumes (3-D convolutions)': Task(make=over(3), dls=volumes),
     'tabular (two inputs)': Task(**tabled),
@@ -474,11 +475,16 @@ def early(learn, cbs):
     learn.fit(5, cbs=[*cbs,EarlyStoppingCallback(min_delta=10.)])
     return learn.epoch
 def saved(learn, cbs, **kwargs):
-    "The best by validation loss, which is the Learner's own, is loaded in the end; a rate that grows makes it worse"
-    cb = SaveModelCallback(**kwargs)
-    learn.fit(3, cbs=[*cbs,cb,ParamScheduler({'lr': SchedLin(.05, 1.5)})])
+    """The best by validation loss, which is the Learner's own, is loaded in the end; a rate that grows makes it worse.
+    What was learned beside goes back as well: with the callback by itself, in a loss function by hand"""
+    cb,own,kept = SaveModelCallback(**kwargs),getattr(learn.loss_func, 'term', None),[]
+    keep = At('after_epoch', lambda l: kept.append(None if own is None else state(own)))
+    learn.fit(3, cbs=[*cbs,cb,keep,ParamScheduler({'lr': SchedLin(.05, 1.5)})])
     best = int(np.argmin([o[1] for o in learn.recorder.values]))
     assert cb.best==learn.recorder.values[best][1]
+    if own is not None:
+        assert best<2
+        own.load_state_dict(kept[best])
     return best
 def nan_images():
     x = X[:160].clone()

@@ -9,7 +9,8 @@ from common import KD,At,HalfCPU,X,Y,assert_same,learner,left,refuses,seed,state
 from torch import nn
 
 from fasterdistill.loss import TaskLoss
-from fasterdistill.losses import FCFD,OFA,TAS,Attention,FitNet,InfoNCE
+from fasterdistill.losses import (AB,FCFD,HCL,NST,OFA,OFD,SAD,TAS,VID,WKD,Attention,FitNet,InfoNCE,ReviewKD,
+                                  windows)
 from fasterdistill.networks.adapters import bridge,exit_head,local_to_global,regressor
 from fasterdistill.networks.layouts import Sides,Stage,describe,from_map,pooled,to_map,told
 from fasterdistill.networks.names import pair_layers
@@ -173,8 +174,52 @@ def test_values_by_hand(dims, make):
     (s,),(t,) = seen_by_hooks(learn.model, x, 'layer2'),seen_by_hooks(teacher, x, 'layer2')
     assert value==pytest.approx(by_hand[make.__name__](s, t, term).item(), rel=1e-5)
 
+# ---- the same of pooled and of resized places ----
+
+def hcl(s, t):
+    "Each window of a side cut out by hand: the sides are powers of 2"
+    def coarse(z, l):
+        for d in range(2, z.ndim): z = torch.stack([o.mean(d) for o in z.chunk(l, d)], d)
+        return z
+    total,whole,w = (s-t).pow(2).mean(),1.,1.
+    for l in (4,2,1):
+        if l>=s.shape[2]: continue
+        w /= 2
+        total,whole = total+w*(coarse(s, l)-coarse(t, l)).pow(2).mean(),whole+w
+    return total/whole
+
+def shares(z): return (z.pow(2).sum(1).flatten(1)).softmax(1)
+
+def wkd(s, t):
+    s,t = s.flatten(2),t.flatten(2)
+    sd = (s.var(2)+1e-5).sqrt()-(t.var(2)+1e-5).sqrt()
+    return (4*(s.mean(2)-t.mean(2)).pow(2)+sd.pow(2)).sum(1).mean()
+
+@pytest.mark.parametrize('sides', [(8,),(4,8,8)], ids=['signal','volume'])
+def test_places_in_one_direction_or_three(sides):
+    "Channels are not pooled, time is not taken for a picture"
+    seed()
+    s,t = (told(torch.randn(2, 6, *sides), True) for _ in range(2))
+    torch.testing.assert_close(HCL()(fm_s={'a':s}, fm_t={'a':t}), hcl(s, t))
+    torch.testing.assert_close(WKD(adapter=None)(fm_s={'a':s}, fm_t={'a':t}), wkd(s, t))
+    assert len(windows(s, 2))==2**len(sides)
+    want = (shares(s)-shares(t)).pow(2).sum(1).mean()
+    torch.testing.assert_close(SAD(start=0)(fm_s={'a':s, 'b':t}), want)
+    dist = torch.distributions.Normal(0., 5**.5)
+    vid = VID()
+    vid.build(fm_s={'a':s}, fm_t={'a':t})
+    mean = vid.adapters[0].mean(s)
+    nll = -dist.log_prob(mean-t).mean()-torch.log(torch.tensor(2*torch.pi))/2
+    torch.testing.assert_close(vid(fm_s={'a':s}, fm_t={'a':t}), nll)
+    want = (1-torch.where(t>0, s, -s)).clamp(min=0).pow(2).sum()/2
+    torch.testing.assert_close(AB(adapter=None)(fm_s={'a':s}, fm_t={'a':t}), want)
+    margins = -torch.rand(6)
+    lifted = torch.maximum(t, margins.view(-1, *[1]*len(sides)))
+    want = ((s-lifted).pow(2)*((s>lifted) | (lifted>0))).sum()/2
+    torch.testing.assert_close(OFD([margins], adapter=None)(fm_s={'a':s}, fm_t={'a':t}), want)
+
 every = dict(FitNet=FitNet, Attention=Attention, InfoNCE=InfoNCE, OFA=OFA, FCFD=FCFD, TAS=TAS,
-             TAS_without=lambda: TAS(tail=False))
+             TAS_without=lambda: TAS(tail=False), AB=AB, OFD=OFD, VID=VID, WKD=WKD, NST=NST)
 
 @pytest.mark.parametrize('dims', layouts)
 @pytest.mark.parametrize('name', every)
@@ -186,12 +231,12 @@ def test_every_loss(dims, name):
     term = cb.loss.losses[1]
     kinds = {type(m) for m in term.modules()}
     assert not kinds & {conv[2],norm[2],conv[4-dims],norm[4-dims]}
-    if name not in ('Attention','InfoNCE'): assert conv[dims] in kinds
+    if name not in ('Attention','InfoNCE','NST'): assert conv[dims] in kinds
     if name=='InfoNCE': assert (term.project[0].in_features,term.project[0].out_features)==(16,32)
     assert list(cb.history[0].values())[1]>0 and not left(learn, teacher)
     assert_same(was, state(teacher))
 
-@pytest.mark.parametrize('name', ['FitNet','InfoNCE','OFA','FCFD','TAS'])
+@pytest.mark.parametrize('name', ['FitNet','InfoNCE','OFA','FCFD','TAS','Attention','NST'])
 @pytest.mark.parametrize('way', ['to a transformer','from a transformer'])
 def test_signals_and_sequences(name, way):
     "A CNN and a transformer on signals meet, either way round"
@@ -201,9 +246,35 @@ def test_signals_and_sequences(name, way):
     learn.fit(1, cbs=cb)
     assert list(cb.history[0].values())[1]>0 and not left(learn, teacher)
 
+class WithClassToken(OnSignals):
+    def __init__(self):
+        super().__init__()
+        self.cls = nn.Parameter(torch.randn(1, 1, 16))
+    def forward(self, x):
+        z = self.patch(x).mT
+        return self.fc(self.blocks(torch.cat([self.cls.expand(len(z), -1, -1), z], 1))[:,0])
+
+@pytest.mark.parametrize('way', ['to a transformer','from a transformer'])
+def test_where_both_look(way):
+    "Sixteen tokens and thirty-two positions: each token is a stretch of four, each position one of two"
+    a,b = (net(1),'layer2'),(OnSignals(),'blocks.1')
+    (student,one),(teacher,other) = (a,b) if way=='to a transformer' else (b,a)
+    learn = learner(student, dls(1), metrics=[])
+    row = KD(teacher, TaskLoss()+Attention().at(one, other)).plan(learn).rows[1]
+    x = inputs[1][:32]
+    (signal,),(tokens,) = seen_by_hooks(a[0], x, 'layer2'),seen_by_hooks(b[0], x, 'blocks.1')
+    short = torch.stack([signal[:,:,2*i:2*i+2].mean(2) for i in range(16)], 2)
+    assert row.value==pytest.approx((looks(short)-looks(tokens.mT)).pow(2).mean().item(), rel=1e-5)
+
 def test_refused_in_words():
     learn = learner(net(1), dls(1), metrics=[])
-    refuses(learn, 'a sequence without a grid', KD(OnSignals(), TaskLoss()+Attention()))
+    says = '17 tokens lies beside a signal of 64 positions, and neither number divides the other: a token that is no '
+    for loss in (Attention,NST): refuses(learn, says, KD(WithClassToken(), TaskLoss()+loss()))
+    words = learner(OnSignals(), dls(1), metrics=[])
+    refuses(words, 'a sequence without a grid', KD(OnSignals(s=1), TaskLoss()+Attention()))
+    for dims in layouts:
+        both = learner(net(dims), dls(dims), metrics=[])
+        refuses(both, "'layer1:pre' is a signal or a volume", KD(net(dims, 8, 1), TaskLoss()+ReviewKD()))
     with pytest.raises(ValueError, match='places of one kind are compared'):
         Attention()(fm_s={'a': torch.randn(2,3,8,8)}, fm_t={'b': torch.randn(2,3,4,8,8)})
     for make in (regressor,bridge,local_to_global):

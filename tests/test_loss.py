@@ -279,3 +279,52 @@ def test_a_plain_function_is_one_loss():
     loss = as_loss(squares)
     assert type(loss) is Function
     assert loss.reads==dict(pred=True, teacher_pred=True, fm_s=False, fm_t=False, target=False)
+
+# ---- layers read besides, networks inside ----
+
+class Beside(DistillLoss):
+    "Reads what it is told, and the embedding"
+    layers,also = 'stages',('embedding',)
+    def forward(self, fm_s): return sum(z.mean() for z in fm_s.values())
+
+@pytest.mark.parametrize('also', ['embedding', ('embedding',), ['embedding'], dict(student='embedding')])
+def test_also_is_what_at_does_not_replace(also):
+    loss = Beside().at(['layer2','layer3'])
+    loss.also = also
+    assert loss.beside('student')==('embedding',)
+    assert loss.beside('teacher')==()
+    fm = dict(layer2=1, layer3=2, embedding=3)
+    assert loss.declared(fm)==dict(layer2=1, layer3=2)
+    assert loss.declared(fm, 'teacher')==fm
+    assert repr(loss)=="Beside().at(['layer2', 'layer3'])"
+
+@pytest.mark.parametrize('also', [3, ('a',3), dict(peer='a'), dict(student=[3])])
+def test_also_names_layers(also):
+    with pytest.raises(TypeError, match=r'Odd.also is .*expected names of layers of the student'):
+        type('Odd', (DistillLoss,), dict(also=also))
+
+class Pairs(FeatureLoss):
+    "Of each pair the difference of the means"
+    also = dict(teacher=('a','b'))
+    def pair(self, s, t): return s.mean()-t.mean()
+
+def test_pairs_are_not_made_of_what_is_read_besides():
+    fm_s,fm_t = {'x': torch.tensor(5.)},{'y': torch.tensor(3.), 'a': torch.tensor(1.), 'b': torch.tensor(1.)}
+    assert Pairs()(fm_s=fm_s, fm_t=fm_t)==2
+    with pytest.raises(ValueError, match=r'pairs 1 layers .* with 2 of the teacher \[.y., .z.\]'):
+        Pairs()(fm_s=fm_s, fm_t={'y': torch.tensor(3.), 'z': torch.tensor(1.), **fm_t})
+
+class Taught(DistillLoss):
+    def __init__(self, nets, more=None): self.nets,self.more = nn.ModuleList(nets),more
+    def forward(self, xb): return self.nets[0](*xb).mean()
+
+def test_networks_inside_are_words_and_are_shared():
+    "However they are handed over, in what is printed and in the copies that `at` makes"
+    nets,more = [nn.Linear(2,2),nn.ReLU()],{'a': (nn.Tanh(),), 'b': 1}
+    loss = Taught(nets, more)
+    assert repr(loss)=="Taught([Linear, ReLU], {'a': (Tanh,), 'b': 1})"
+    copied = loss.at('0')
+    assert copied.nets is not loss.nets
+    assert [*copied.nets]==nets
+    assert copied.more['a'][0] is more['a'][0]
+    assert repr(copied)=="Taught([Linear, ReLU], {'a': (Tanh,), 'b': 1}).at('0')"

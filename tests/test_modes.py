@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from common import (KD,At,HalfCPU,Real,StepLosses,assert_close,assert_same,floating,get_dls,kl,learner,left,net,raising,
                     refuses,seed,state)
 from fasterdistill.loss import FeatureLoss,TaskLoss,as_loss
-from fasterdistill.losses import FCFD,FitNet,SoftTarget
+from fasterdistill.losses import CC,FCFD,SRD,TAS,FitNet,InfoNCE,SoftTarget
 
 def returned(model, name, x):
     "What a layer returns for `x`, by a hook of the test's own"
@@ -203,9 +203,9 @@ Answer = namedtuple('Answer', 'logits aux')
 
 class Aux(nn.Module):
     "As GoogLeNet: in training a second head, and a tuple of both answers; `plain`: the head runs, and is not returned"
-    def __init__(self, w=4, plain=False):
+    def __init__(self, w=4, plain=False, s=0):
         super().__init__()
-        self.n,self.plain = net(w),plain
+        self.n,self.plain = net(w, s=s),plain
         self.aux = nn.Sequential(nn.Conv2d(2*w, 6, 1), nn.ReLU())
         self.second = nn.Linear(6, 10)
     def forward(self, x):
@@ -455,13 +455,22 @@ class Heard(FCFD):
         self.kinds = {o.dtype for o in (*fm_t,*bridged,*(m for ms in mixed for m in ms),teacher_pred,*mixed_preds)}
         return super().loss(fm_t, bridged, mixed, pred, teacher_pred, mixed_preds, *rest)
 
+@pytest.mark.parametrize('teacher', [torch.float64,torch.float32,torch.bfloat16], ids=str)
 @pytest.mark.parametrize('student', [torch.float32,torch.float64], ids=str)
-def test_a_float64_teacher_is_heard_as_the_student_computes(student):
+def test_a_teacher_is_heard_as_the_student_computes(student, teacher):
     with floating(student):
         loss = Heard(paths=4)
-        learn = learner(net(4), get_dls(n=32), metrics=[], cbs=[KD(net(8, s=1).double(), TaskLoss()+loss),Real()])
+        learn = learner(net(4), get_dls(n=32), metrics=[], cbs=[KD(net(8, s=1).to(teacher), TaskLoss()+loss),Real()])
         learn.fit(1)
     assert loss.kinds=={student}
+
+@pytest.mark.parametrize('loss', [InfoNCE,TAS,CC,SRD], ids=lambda o: o.__name__)
+def test_learned_parts_on_a_teacher_of_less_precision(loss):
+    "They are the student's, in float64"
+    with floating(torch.float64):
+        learn = learner(net(4), get_dls(n=32), metrics=[], cbs=[KD(net(8, s=1).float(), TaskLoss()+loss()),Real()])
+        learn.fit(1)
+    assert {p.dtype for p in learn.knowledge_distillation.loss.parameters()}<={torch.float64}
 
 def test_an_ensemble_of_several_precisions():
     "Each member computes in its own"

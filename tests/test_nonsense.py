@@ -9,10 +9,9 @@ from fastai.losses import BCEWithLogitsLossFlat
 from torch import nn
 
 from fasterdistill.loss import DistillLoss,TaskLoss
-from fasterdistill.losses.fitnet import FitNet
-from fasterdistill.losses.logits import BinarySoftTarget,Logits,SoftTarget
-from fasterdistill.losses.ofa import OFALogits
-from fasterdistill.teachers.teacher import Frozen
+from fasterdistill.losses import (DIST,DKD,FCFD,NKD,OFA,RLD,TAS,WSL,WTTM,AdjustedSoftTarget,BinarySoftTarget,FitNet,
+                                  HardTarget,Logits,Mutual,OFALogits,SoftTarget)
+from fasterdistill.teachers.teacher import Frozen,Teacher
 
 def softmax(z): return z.softmax(1)
 def mse(p, y): return (p-y).pow(2).mean()
@@ -49,6 +48,90 @@ def test_a_teacher_that_ends_in_softmax(loss):
     said, = told(learn(), KD(lambda x: softmax(asked(x)), loss))
     assert said.endswith('let it return their logarithm')
     teacher.train()
+
+kinds = [SoftTarget,AdjustedSoftTarget,DIST,DKD,Mutual,NKD,OFALogits,RLD,WSL,WTTM,OFA,FCFD,TAS]
+
+@pytest.mark.parametrize('loss', kinds, ids=lambda o: o.__name__)
+def test_every_loss_that_reads_logits(loss):
+    "What runs parts of the teacher again is given the layers within"
+    at = {FCFD: ['layer1','layer2','layer3'], TAS: ['layer3','fc:in']}.get(loss)
+    one = loss().at(at, [f'm.{n}' for n in at]) if at else loss()
+    advice = KD(Out(teacher, softmax), TaskLoss()+one).plan(learn()).advice
+    assert any(o.startswith(f'the teacher returns probabilities, and {one!r} reads logits') for o in advice)
+
+def test_the_class_a_teacher_names():
+    "Is the same, whether it says probabilities or logits"
+    assert told(learn(), KD(Out(teacher, softmax), HardTarget()))==[]
+
+# ---- before classes are picked, and of each member of an ensemble ----
+
+few = [7,2,5]
+def of_few(): return learn((Y[:160]%3), model=net(classes=3))
+
+def test_classes_of_a_teacher_that_ends_in_softmax():
+    "Three of its ten probabilities sum to anything"
+    said, = told(of_few(), KD(Frozen(Out(teacher, softmax), classes=few), SoftTarget()))
+    assert said.startswith('the teacher returns probabilities, and SoftTarget(')
+    assert told(of_few(), KD(Frozen(Out(teacher, softmax), classes=few, probabilities=True), SoftTarget()))==[]
+    assert told(of_few(), KD(Frozen(teacher, classes=few), SoftTarget()))==[]
+
+def rightly(t): return Frozen(t, probabilities=True)
+def says(f):
+    asked = loud(net(8, s=1)).eval()
+    return lambda x: f(asked(x))
+class Own(Teacher):
+    def forward(self, xb): return says(softmax)(*xb)
+
+members = {
+    'the second': (lambda: [net(6, s=2),Out(teacher, softmax)], [2], 'Frozen(teacher, probabilities=True) makes'),
+    'both': (lambda: [Out(net(6, s=2), softmax),Out(teacher, softmax)], [1,2], 'Frozen(teacher, probabilities=True)'),
+    'a function': (lambda: [says(softmax),teacher], [1], 'let it return their logarithm'),
+    'arrays': (lambda: [says(lambda z: softmax(z).detach().numpy()),teacher], [1], 'let it return their logarithm'),
+    "the user's own": (lambda: [teacher,Own()], [2], 'let it return their logarithm'),
+    'inside another': (lambda: [teacher,[teacher,Out(teacher, softmax)]], [2], 'Frozen(teacher, probabilities=True)'),
+    'said': (lambda: [rightly(Out(net(6, s=2), softmax)),teacher], [], ''),
+    'logarithms': (lambda: [says(lambda z: z.log_softmax(1)),teacher], [], '')}
+
+@pytest.mark.parametrize('loss', [SoftTarget(),Logits(),TaskLoss()+DKD()], ids=repr)
+@pytest.mark.parametrize('which', members)
+def test_members_of_an_ensemble(which, loss):
+    "Which one: the ensemble reads logits, whatever reads its mean"
+    make,odd,cure = members[which]
+    said = told(learn(), KD(make(), loss))
+    assert [o.partition(',')[0] for o in said]==[f'member {i} of the ensemble' for i in odd]
+    assert all('returns probabilities, and the ensemble averages logits: '+cure in o for o in said)
+
+def test_members_whose_classes_are_picked():
+    def some(f): return [Frozen(net(6, s=2), classes=few),Frozen(Out(teacher, f), classes=few)]
+    said, = told(of_few(), KD(some(softmax), SoftTarget()))
+    assert said.startswith('member 2 of the ensemble, Frozen(Out), returns probabilities')
+    assert told(of_few(), KD(some(lambda z: z), SoftTarget()))==[]
+
+def test_members_that_end_in_sigmoid():
+    t = loud(net(8, classes=3, s=1), 6)
+    def multi(): return learn(several, BCEWithLogitsLossFlat(), net(classes=3))
+    said, = told(multi(), KD([t,Out(t, torch.sigmoid)]))
+    assert said.startswith('member 2 of the ensemble, Frozen(Out), returns probabilities')
+    assert told(multi(), KD([t,rightly(Out(t, torch.sigmoid))]))==[]
+
+def test_an_ensemble_of_numbers():
+    "The mean of shares is a regression's as of any numbers"
+    def shares(): return learn(F.one_hot(Y[:160], 10).float(), nn.MSELoss())
+    assert told(shares(), KD([teacher,Out(teacher, softmax)], Logits()))==[]
+
+@pytest.mark.parametrize('loss', [SoftTarget(),Logits()], ids=repr)
+@pytest.mark.parametrize('teachers', [lambda t: t, lambda t: [teacher,t]], ids=['alone','a member'])
+def test_no_probabilities_where_they_are_said(teachers, loss):
+    "The logarithm of what is below 0 is that of the smallest number"
+    said, = told(learn(), KD(teachers(rightly(teacher)), loss))
+    z = teacher.eval()(X[:32])
+    assert f'returns numbers from {z.min():.4g} to {z.max():.4g}, which are no probabilities' in said
+    teacher.train()
+
+def test_nothing_is_kept_of_what_teachers_said():
+    cb = KD([teacher,says(softmax)], SoftTarget())
+    with pytest.warns(UserWarning, match='member 2'): learn().fit(1, cbs=cb)
+    assert [t.heard for t in cb.teacher.teachers]==[None,None]
 
 def test_a_student_that_ends_in_softmax():
     said, = told(learn(model=Out(net(), softmax)), KD(teacher, SoftTarget()))
@@ -146,10 +229,10 @@ def test_pictures_know_no_words():
     student = learner(hf_vit(), dls, loss_func=lambda p,y: own(p.logits, y), metrics=[])
     assert told(student, KD(hf_vit(s=1), SoftTarget()))==[]
 
-class Own(DistillLoss):
+class OnShares(DistillLoss):
     def forward(self, pred, teacher_pred): return mse(pred.softmax(1), teacher_pred)
 
 def test_a_warning_is_no_error():
     "Whoever knows better goes on"
-    said, = told(learn(), KD(Out(teacher, softmax), Own()))
-    assert 'Own() reads logits' in said
+    said, = told(learn(), KD(Out(teacher, softmax), OnShares()))
+    assert 'OnShares() reads logits' in said

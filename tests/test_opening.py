@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from common import KD,At,get_dls,learner,left,net,state
+from common import KD,At,assert_same,get_dls,learner,left,net,state
 from fasterdistill.fit.batch import Batch
 from fasterdistill.fit.columns import Columns
 from fasterdistill.fit.terms import Terms
-from fasterdistill.loss import READS,TaskLoss
+from fasterdistill.loss import READS,DistillLoss,TaskLoss
 from fasterdistill.losses import FCFD,TAS,Attention,FitNet,SoftTarget
 from fasterdistill.networks import Net
 from fasterdistill.teachers import Frozen
@@ -204,3 +204,32 @@ def test_a_place_is_tried_again_where_something_else_is_read():
     assert list(first.resume('layer1', model.layer1(x)).fm)==['layer2']
     second = Net(model, x, ['layer1','layer3'], sizes=known)
     assert list(second.resume('layer1', model.layer1(x)).fm)==['layer3']
+
+
+# ---- passes that move averages ----
+
+class Again(DistillLoss):
+    "Runs both networks once more, and lets that move their averages"
+    def forward(self, pred, student, teacher, xb):
+        seen,said = student(*xb, bn='update').pred,teacher(*xb, bn='update').pred
+        return (pred-seen).pow(2).mean()+(pred-said.detach()).pow(2).mean()
+
+def norms(model): return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+def test_averages_move_in_training_alone():
+    "`plan` and the trial put them back; a step moves the student's twice, its own pass and the loss's"
+    teacher,seen = net(6, s=1),[]
+    learn = learner(net(), get_dls(n=96, bs=32), cbs=KD(teacher, TaskLoss()+Again()), metrics=[])
+    def counts(*_): return [int(m.num_batches_tracked) for o in (learn.model,teacher) for m in norms(o)]
+    before = state(learn.model),state(teacher)
+    learn.knowledge_distillation.plan()
+    for was,m in zip(before, (learn.model,teacher), strict=True): assert_same(state(m), was)
+    opened = []
+    def note(learn):
+        if not seen: opened.append((state(learn.model),state(teacher)))
+        seen.append(counts())
+    learn.fit(2, cbs=At('before_batch', note))
+    for was,now in zip(before, opened[0], strict=True): assert_same(now, was)      # behind the trial
+    trained = [c for i,c in enumerate(seen) if i%5<3]           # of five batches of an epoch, two validate
+    assert [c[:3] for c in trained]==[[n]*3 for n in (0,2,4,6,8,10)]
+    assert [c[3:] for c in trained]==[[n]*3 for n in (0,1,2,3,4,5)]

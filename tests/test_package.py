@@ -99,10 +99,10 @@ def test_one_place():
 
 order = '''networks.as_it_was networks.record networks.layouts networks.precision networks.stages networks.names
     networks.taps networks.rehearsal
-    networks.cuts networks.net networks.adapters
+    networks.cuts networks.net networks.adapters networks.bifpn
     companion weight loss task losses expressions
-    teachers.codes teachers.tables teachers.teacher state missing
-    fit.terms fit.side fit.batch fit.learned fit.columns fit.nonsense fit.opening fit.plan fit.teaching
+    teachers.codes teachers.tables teachers.teacher teachers.ema state missing
+    fit.terms fit.side fit.batch fit.learned fit.columns fit.nonsense fit.opening fit.plan fit.teaching fit.beside
     callback checkpoint show demo examples cli all'''.split()
 
 def place(module):

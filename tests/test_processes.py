@@ -6,11 +6,13 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import KD,X,Y,floating,furthest,get_dls,left,learner,net,seed,state
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.learner import Learner,load_learner
 from fastai.torch_core import rank_distrib
@@ -95,6 +97,7 @@ class Unlike(InfoNCE):
 def accumulate(n): return [GradientAccumulation(64//n)]
 def clip(n): return [GradientClip(.05)]
 def both(n): return accumulate(n)+clip(n)
+def first(n): return [SaveModelCallback(comp=lambda now, best: np.isinf(best), with_opt=True)]     # of the epochs
 
 cases = dict(                                                  # loss, and callbacks for n processes
     soft_target  = (SoftTarget, None),
@@ -107,6 +110,7 @@ cases = dict(                                                  # loss, and callb
     rare         = (lambda: TaskLoss()+Rare(9), None),
     rarer        = (lambda: TaskLoss()+Rare(8), None),
     twice        = (lambda: TaskLoss()+FitNet(conv), None),
+    saved        = (lambda: TaskLoss()+FitNet(conv), first),
     which        = (lambda: TaskLoss()+.1*Which(), None),
     in_batch     = (lambda: TaskLoss()+InBatch(), None),
     alike        = (lambda: TaskLoss()+100*Alike(), None),
@@ -236,6 +240,10 @@ def test_two_as_one(done, name): check(name, *done[name])
 @pytest.mark.slow
 @pytest.mark.parametrize('name', more)
 def test_two_as_one_with(done_more, name): check(name, *done_more[name])
+
+def test_the_first_epoch_is_brought_back(done):
+    "In each process, of the student and of what was learned: neither is what two epochs make of it"
+    for o in ('model','learned'): assert furthest(done['saved'][1][o], done['fitnet'][1][o])>1e-3
 
 def test_without_gather(done):
     "What the comparison above would miss: in halves of a batch there are fewer to choose from"

@@ -23,6 +23,7 @@ from fasterdistill.losses.adjusted import AdjustedSoftTarget
 from fasterdistill.losses.answers import HardTarget,Mutual
 from fasterdistill.losses.attention import Attention
 from fasterdistill.losses.cc import CC
+from fasterdistill.losses.consistency import CSKD,softened_kl
 from fasterdistill.losses.dist import DIST
 from fasterdistill.losses.dkd import DKD
 from fasterdistill.losses.embedding import SRD,Cosine
@@ -41,6 +42,7 @@ from fasterdistill.losses.rkd import RKD
 from fasterdistill.losses.rld import RLD
 from fasterdistill.losses.sad import SAD,position_shares
 from fasterdistill.losses.sp import SP
+from fasterdistill.losses.uskd import USKD
 from fasterdistill.losses.vid import VID
 from fasterdistill.losses.wkd import WKD
 from fasterdistill.losses.wsl import WSL
@@ -80,7 +82,8 @@ def leaves(given):
 
 def set_parts(loss, given, dtype, par):
     "The loss's learned parts are built, and have these weights"
-    loss.build(**{n: {k: z.detach() for k,z in given[n].items()} for n in ('fm_s','fm_t')})
+    read = {n: given[n] for n in loss.build_reads if n in given}
+    loss.build(**{n: {k: z.detach() for k,z in o.items()} if isinstance(o, dict) else o for n,o in read.items()})
     loss.to(dtype)
     with torch.no_grad():
         for n,p in loss.named_parameters(): p.copy_(torch.from_numpy(par[n]).view_as(p))
@@ -113,7 +116,8 @@ class Ref:
     @property
     def vectors(self):
         with np.load(folder/f'{self.file}.npz') as d:
-            return {k.removeprefix(self.case): d[k] for k in d if k.startswith(self.case)}
+            shared = {k: d[k] for k in d if '__' not in k}                       # by all cases, as weights are
+            return shared | {k.removeprefix(self.case): d[k] for k in d if k.startswith(self.case)}
     def rows(self):
         "Loss, what it is given, the value, the gradients and the learned parts"
         v = self.vectors
@@ -264,6 +268,15 @@ def sad_refs(case):
         Ref('sad_pair', lambda v,i: SAD(detach=False), neighbours, 'out_sum_sq_per_sample_mean', case=case,
             id=f'{id}-paper')]
 
+def weighed(v): return dict(pred=v['in_zs'], target=v['in_y'], fm_s=dict(a=v['in_feat']))
+weak = {f'fc.{o}':f'par_fc_{o}' for o in ('weight','bias')}
+def uskd_refs(case):
+    def of_row(form): return lambda v,i: USKD(**row(v, i, 'alpha_beta_mu', 'alpha', 'beta', 'mu'), form=form)
+    grads = {pred:'grad_zs', fm:'grad_feat', 'fc.weight':'grad_fc_weight', 'fc.bias':'grad_fc_bias'}
+    return [Ref('uskd', of_row('code'), weighed, 'out_uskd', grads, f'{case}__', weak, id=f'uskd-{case}'),
+            Ref('uskd', of_row('paper'), weighed, 'out_uskd_paper_rank', {pred:'grad_zs_paper_rank'}, f'{case}__', weak,
+                id=f'uskd-{case}-paper')]
+
 def rkd_ref(name, case, *args):
     return Ref('rkd', lambda v,i: RKD(*args), maps, f'out_{name}', {fm:f'grad_fs_{name}'}, f'{case}__',
                id=f'rkd-{name}-{case}')
@@ -276,7 +289,8 @@ relation_refs += [
     Ref('cc', lambda v,i: CC(adapter=None), embedded, 'out_cc_repdistiller', {fm:'grad_embed_s'})]
 
 refs = [
-    *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *feature_refs, *relation_refs,
+    *logit_refs, *sad_refs('equal__'), *sad_refs('target_half_size__'), *uskd_refs('hard'), *uskd_refs('soft'),
+    *feature_refs, *relation_refs,
     *[attention_ref(*o) for o in product(('sum','max'), (1,2,4), ('code','paper'))],
     Ref('fitnet', lambda v,i: FitNet(adapter=None), maps, 'out_mse_mean', of_fs, 'equal__', id='fitnet-equal'),
     Ref('fitnet', lambda v,i: FitNet(adapter=pointwise), maps, 'out_mse_mean',
@@ -309,7 +323,8 @@ later = {                                           # what no row of `refs` read
     'fsp': {'out_fsp_student_0'},                                            # the table itself: a test below
     'rkd': {'out_distance_squared_variant'},                                       # not what the codes compute
     'frskd_segmentation_kl': {'out_ce_student_ignore255'}, 'seed_worked_example': None, 'fcfd_loss': None,
-    'at_gradient': None, 'simkd': None, 'crd': None, 'sskd': None}
+    'at_gradient': None, 'simkd': None, 'frskd_classification': None, 'sla': None, 'crd': None, 'sskd': None,
+    'cskd': None, 'dml': None}
 
 def test_every_vector_is_used():
     "No value or gradient lies here unread, but those another page's loss is for, or that only differ in scale"
@@ -392,6 +407,33 @@ def test_fused(dtype):
     for i,(a,b) in enumerate(zip(loss.fused(s, t), t, strict=True)):
         close_grad(a.detach().double().numpy(), v[f'out_fused_{i}'], grad_tol[dtype])
         close(HCL()(fm_s={'a':a}, fm_t={'a':b}).item(), v['out_hcl_per_level'][i], value_tol[dtype])
+
+@pytest.mark.parametrize('dtype', dtypes, ids=['64','32'])
+@pytest.mark.parametrize('case', ['ordinary__','extreme__'])
+def test_partners(case, dtype):
+    "CSKD of items and partners that are given, alone and in a batch where each has one other of its class"
+    v = Ref('cskd', None, None, None, case=case).vectors
+    z,partner = (torch.tensor(v[f'in_{k}'], dtype=dtype) for k in ('zs','z_partner'))
+    for t,want,grad in zip(v['par_T'], v['out_cskd'], v['grad_zs'], strict=True):
+        s = z.clone().requires_grad_()
+        value = CSKD(T=float(t)).loss(s, partner)
+        close(value.item(), want, value_tol[dtype])
+        close_grad(torch.autograd.grad(value, s)[0].double().numpy(), grad, grad_tol[dtype])
+        both,y = torch.cat([z,partner]).requires_grad_(),torch.arange(8).repeat(2)
+        back = softened_kl(partner.double(), z.double(), float(t)).mean().item()
+        value = CSKD(T=float(t))(pred=both, target=y)
+        close(value.item(), (want+back)/2, value_tol[dtype])
+        close_grad(torch.autograd.grad(value, both)[0][:8].double().numpy(), grad/2, grad_tol[dtype])
+
+@pytest.mark.parametrize('form', ['code','paper'])
+def test_uskd_at_the_extremes(form):
+    "Finite with logits of ±50, sure of the label or of another class, in float32 and for labels of two classes"
+    z = 50*torch.eye(6)[torch.tensor([0,1,2,5])]-50*torch.eye(6)[torch.tensor([1,0,4,4])]
+    for shares in (torch.eye(6)[:4], .5*torch.eye(6)[:4]+.5*torch.eye(6)[1:5]):
+        s,weak = z.clone().requires_grad_(),(-z).requires_grad_()
+        value = USKD(mu=1, form=form).loss(s, weak, shares)
+        assert value.isfinite()
+        assert all(g.isfinite().all() and g.abs().max()>0 for g in torch.autograd.grad(value, [s,weak]))
 
 class Convolved(nn.Module):
     "The network of `at_gradient`: a convolution, softplus, the mean over positions, a linear layer"

@@ -180,6 +180,7 @@ def test_with_fastais_trackers(tmp_path):
         assert p.best==q.best
         assert vars(p).get('wait')==vars(q).get('wait')
     assert_same(state(again.model), state(whole.model))
+    assert_same(*(state(o.knowledge_distillation.loss) for o in (again,whole)))
 
 def test_finished_auto_and_other_fits(tmp_path):
     whole = train(make(tmp_path, 0, 'fitnet'), [Checkpoint('run', resume='auto')])

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from common import hf_block,hf_old
 from torch import nn
 
 from fasterdistill.networks.adapters import bridge,exit_head,regressor
@@ -132,6 +133,9 @@ def small(*more):
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), *more)
 
 resnet,mobile = ['backbone.relu','backbone.layer1','backbone.layer4'],['backbone.3','backbone.6','backbone.16']
+segformers = [f'segformer.stages.{i}' for i in range(4)]
+if hf_old:                                               # transformers 4 has no module for a stage
+    segformers = [*(f'segformer.encoder.layer_norm.{i}' for i in range(3)),'segformer.encoder[last_hidden_state]']
 dense = {
     'FCN': (lambda: segmentation('fcn_resnet50'), resnet),
     'FCN, auxiliary': (lambda: segmentation('fcn_resnet50', aux_loss=True), resnet),
@@ -143,7 +147,7 @@ dense = {
     'DeepLab, mobile, auxiliary': (lambda: segmentation('deeplabv3_mobilenet_v3_large', aux_loss=True), mobile),
     'LR-ASPP': (lambda: segmentation('lraspp_mobilenet_v3_large'), mobile),
     'U-Net': (unet, ['layers.0.4','layers.0.5','layers.0.6','layers.3']),
-    'SegFormer': (segformer, [f'segformer.stages.{i}' for i in range(4)]),
+    'SegFormer': (segformer, segformers),
     'a head in the middle': (Deep, ['a','b','c']),
     'logits alone': (lambda: small(nn.Conv2d(8, 5, 1)), ['1','3']),
     'logits made larger': (lambda: small(nn.Conv2d(8, 5, 1), nn.Upsample(scale_factor=4)), ['1','3']),
@@ -197,11 +201,12 @@ def mlp(*widths, first=()):
 
 text,row = torch.randint(2, 50, (4,30)),(torch.ones(4, 2).long(),torch.randn(4, 3))
 def layers(path, *numbers): return [path.format(n) for n in numbers]
+def blocks(path, *numbers): return [hf_block(n) for n in layers(path, *numbers)]
 deep = {
-    'BERT, 6 blocks': (lambda: bert(6), text, layers('bert.encoder.layer.{}', 1, 2, 4, 5)),
-    'BERT, 2 blocks': (lambda: bert(2), text, layers('bert.encoder.layer.{}', 0, 1)),
+    'BERT, 6 blocks': (lambda: bert(6), text, blocks('bert.encoder.layer.{}', 1, 2, 4, 5)),
+    'BERT, 2 blocks': (lambda: bert(2), text, blocks('bert.encoder.layer.{}', 0, 1)),
     'ALBERT': (albert, text, None),
-    'GPT-2': (gpt2, text, layers('transformer.h.{}', 1, 2, 4, 5)),
+    'GPT-2': (gpt2, text, blocks('transformer.h.{}', 1, 2, 4, 5)),
     'AWD_LSTM, language model': (lambda: awd('get_language_model', 'lm'), text, layers('0.rnns.{}[0]', 0, 1, 2)),
     'AWD_LSTM, classifier': (lambda: awd('get_text_classifier', 'clas', n_class=2), text,
                              layers('0.module.rnns.{}[0]', 0, 1, 2)),
@@ -224,6 +229,6 @@ def test_stages_of_texts_and_tables(name):
     found = stages(make(), x)
     if name=='ALBERT':                                   # one module that runs eight times
         *_,last = found
-        want = [f'{last.name.partition("#")[0]}#{n}' for n in (2,4,6,8)]
+        want = [hf_block(f'{last.name.partition("#")[0]}#{n}') for n in (2,4,6,8)]
     assert [s.name for s in found]==want
     assert all(s.size==((30,) if x is text else ()) for s in found)

@@ -60,7 +60,7 @@ class Task:
         ignore_index=None, # The label that is left out, where the loss function does not tell
     ):
         self.learn,self.output,self.device = learn,output,device_of(learn.model)
-        self.double = is_double(learn.model)             # else what a float64 teacher says is float32 for it
+        self.double = torch.float64 if is_double(learn.model) else False     # what a teacher says is of its type
         self.which,self.unclear = target,None            # why it is not known which target is meant, or None
         self.bare = False                                # whether a tensor is the prediction, whatever `output` says
         self.labels = labels_of(learn)                   # the callback that looks after missing labels, or None

@@ -51,11 +51,18 @@ class Columns:
         self.agreement,self.parts = _agreement(task, terms),{}
         self.history = [] if history is None else history
         self.names = [t.name for t in terms] + ['agreement']*bool(self.agreement)
-        self.logged = {}                                 # for each term the columns of what it logs
+        self.logged = {t.name: {} for t in terms}        # for each term the columns of what it logs
+        self.means = {}
+        self.take_in(terms)
+    def take_in(self, terms):
+        "Names that `terms` log, those too that they have said since, which the table's header does not have"
         for t in terms:
-            self.logged[t.name] = {n: f'{t.name}_{n}' if n in self.names else n for n in t.loss.logs}
-            self.names += self.logged[t.name].values()
-        self.start_epoch()
+            known = self.logged[t.name]
+            for n in t.loss.logs:
+                if n in known: continue
+                known[n] = f'{t.name}_{n}' if n in self.names else n
+                self.names.append(known[n])
+        for n in self.names: self.means.setdefault(n, Mean())
     def show(self, learn):
         "Add the columns to a Learner's table; the task loss is there already"
         learn._metrics = users_metrics(learn) + [Column(self, n) for n in self.names if n!='task_loss']

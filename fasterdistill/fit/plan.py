@@ -14,11 +14,16 @@ from ..loss import shown
 from ..networks.record import device_of,rng_kept
 
 # %% ../../nbs/fit/07_plan.ipynb #p001
+def _torchs_draws(dl):
+    "The generators that a loader of torch was given, each with its state"
+    given = {id(g): g for g in (getattr(o, 'generator', None) for o in (dl,getattr(dl, 'sampler', None)))}
+    return [(g, g.get_state()) for g in given.values() if isinstance(g, torch.Generator)]
+
 @contextmanager
 def a_batch(learn):
     "A Learner at one batch of its training data, and afterwards as it was"
     dl,was = learn.dls.train,{k: vars(learn).get(k) for k in ('xb','yb')}
-    rng = getattr(dl, 'rng', None)
+    rng,draws = getattr(dl, 'rng', None),_torchs_draws(dl)
     state = None if rng is None else rng.getstate()
     try:
         with rng_kept(next(learn.model.parameters(), None)):
@@ -32,6 +37,7 @@ def a_batch(learn):
         if rng is not None:
             dl.rng = rng
             rng.setstate(state)
+        for g,now in draws: g.set_state(now)
 
 def precision(learn):
     "The autocast that `MixedPrecision` has in training, for a pass outside of one"
@@ -68,10 +74,16 @@ class Row:
         self.term,self.value = term,opening.values.get(term.name)
         self.weight = '*'.join(map(shown, term.weights)) or '1'
         self.learned = _count(p for p in term.loss.parameters() if p.requires_grad)
-        self.first = 0. if term.loss.start else term.weight(0., 0.)   # of the fit's first step
-        read = [(term.layers[who],side) for who,side in opening.sides.items() if term.layers[who]]
+        grows = opening.teacher is not None and opening.teacher.changes and term.asks_teacher
+        self.later = bool(grows or term.loss.start or term.loss.rests)   # one batch at the start tells nothing
+        self.first = 0. if term.loss.start or term.loss.rests else term.weight(0., 0.)   # of the fit's first step
+        sides = {who: side for who,side in opening.sides.items() if term.layers[who]}
+        declared = {who: term.loss.declared(term.layers[who], who) for who in sides}
+        read = [(layers,sides[who]) for who,layers in declared.items() if layers]
         texts = [[_layer(k, n, side) for k,n in layers.items()] for layers,side in read]
         self.layers = [' → '.join(pair) for pair in zip(*texts, strict=True)]
+        self.layers += [f'also {_layer(k, n, side)}' for who,side in sides.items()
+                        for k,n in term.layers[who].items() if k not in declared[who]]
         stages = [[side.sizes.get(n) for n in layers.values()] for layers,side in read]
         self.stages = list(zip(*stages, strict=True)) if len(stages)==2 else []
     @property
@@ -95,7 +107,7 @@ def advice(rows):
     total = sum(worth)
     for r in rows:
         if r.worth is None: res.append(f'{r.term} needs more items than this batch holds and was left out')
-        elif r.first!=0 and len(worth)>1 and r.worth<1e-3*total:
+        elif r.first!=0 and len(worth)>1 and r.worth<1e-3*total and not r.later:
             res.append(f'{r.term} is {r.worth/total:.1e} of the loss at the start: '
                        f'is a weight of {r.weight} what you want?')
     res += [f'{r.term} pairs maps of unequal size: the stages were matched by depth, or named so; '

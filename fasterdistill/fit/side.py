@@ -137,7 +137,8 @@ class Side:
     def make_net(self):
         "The network for extra passes, for terms that name it"
         def out(o): return lifted(self.out(o), self.double)
-        self.net = Net(self.model, who=self.who, inp=self.inputs, out=out, taps=self.taps, sizes=self.found.sizes)
+        self.net = Net(self.model, who=self.who, inp=self.inputs, out=out, taps=self.taps, sizes=self.found.sizes,
+                       double=self.double)
         self.net.at(self.xb, self.within, self.seen)
     def activations(self):
         "What tapped layers returned in the ordinary pass, by name, half precision lifted; None where one did not run"

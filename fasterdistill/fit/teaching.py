@@ -60,20 +60,31 @@ class Teaching:
 
     def open(self):
         "Make ready on the batch the Learner is at, and go on from what a file kept"
+        finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        if finding: self._put_back_later()
         o = Opening(self.learn, self.teacher, self.terms, self.learned, self.stack, self.task_of, self.findings)
         self.opening = o
         for doubt in o.doubts: warnings.warn(doubt)
         self.findings.update(o.findings)
+        self.columns.take_in(self.terms)                 # how many layers there are may say what is logged
         for side in o.both:
             for text in frozen(side): side.found.say(text)
         self.untrained = [(b, b.clone()) for b in o.student.buffers()]
-        if self.kept is not None: fill_parts(self.learned, self.kept)
+        if self.kept is not None: self._go_on()
         self.learned.start_equal()
         o.attach(self.stack)
-        finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
         if finding: self.stack.callback(put_back_later(self.learned))
         self.stack.callback(self.learned.leave)
         self.learned.join()
+    def _go_on(self):
+        fill_parts(self.learned, self.kept)
+        said = self.kept.get('teacher', {})
+        if self.teacher is not None: self.teacher.load_state_dict(said)
+        elif said: raise ValueError('the file is of a teacher that changes in training, and here the teacher is None')
+    def _put_back_later(self):
+        "What `lr_find` must find as it was that is known before the fit opens"
+        self.stack.callback(self.terms.loss.met_later())
+        if self.teacher is not None: self.stack.callback(self.teacher.put_back_later())
     def close(self):
         "Leave everything as it was; more than once does no harm"
         networks = self.teacher.networks() if self.teacher is not None else []
@@ -145,19 +156,20 @@ class Teaching:
 
 # %% ../../nbs/fit/08_teaching.ipynb #t007
 @contextmanager
-def around_fit(teaching, columns=True):
-    "Everything between the start of `Learner.fit` and any way out of it"
+def around_fit(teaching, columns=True, more=()):
+    "Everything between the start of `Learner.fit` and any way out of it; `more` callbacks are on the Learner meanwhile"
+    late = teaching.late,*more
     learn,grad,stance,autocast = teaching.learn,torch.is_grad_enabled(),stance_kept(),autocast_kept()
     def tidy():
         teaching.close()
         torch.set_grad_enabled(grad)
         stance()
         autocast()
-        learn.remove_cb(teaching.late)
+        for cb in late: learn.remove_cb(cb)
         teaching.columns.hide(learn)
     try:
         if columns: teaching.columns.show(learn)
-        learn.add_cb(teaching.late)
+        for cb in late: learn.add_cb(cb)
         yield
     finally:
         try: tidy()

@@ -49,7 +49,7 @@ def _of_stages(item, part, sides, who):
     "Names of the stages in `part`, one list for each of `sides`, paired where there are two"
     for side in sides:
         if not side.stages:
-            raise ValueError(f'{who} reads {item!r}, but {no_stages(side, side.rec, side.given)} with .at(…)')
+            raise ValueError(f'{who} reads {item!r}, but {no_stages(side, side.rec, side.given, " with .at(…)")}')
     rows = list(match_stages(*(s.stages for s in sides)) if len(sides)==2 else zip(sides[0].stages))
     pre = ':pre'*item.endswith(':pre')
     if rows[part]: return [[stage.name+pre for stage in column] for column in zip(*rows[part])]
@@ -58,6 +58,8 @@ def _of_stages(item, part, sides, who):
     raise ValueError(f'{who} reads {item!r}, but {has}{paired}: name layers with .at(…)')
 
 # %% ../../nbs/fit/00_terms.ipynb #t006
+_maps = dict(student='fm_s', teacher='fm_t')
+
 class Term:
     "A loss of the expression: its weights, its name, what it reads, and the layers it reads of each network"
     def __init__(self, weights, loss, name, spec=(None,None)):
@@ -74,7 +76,7 @@ class Term:
     @property
     def maps(self):
         "Whose activations it reads"
-        return [who for who,name in (('student','fm_s'),('teacher','fm_t')) if name in self.names]
+        return [who for who,name in _maps.items() if name in self.names]
     @property
     def asks_teacher(self):
         "Whether a step of it needs the teacher's own pass"
@@ -82,18 +84,22 @@ class Term:
     def __repr__(self): return repr(self.loss)
     def possible(self, given):
         "Whether it can be computed of the values `given`, where the activation of a layer that did not run is None"
-        maps = [given[name].values() for name in ('fm_s','fm_t') if name in given]
-        whole = [all(z is not None for z in pair) for pair in zip(*maps, strict=True)]
+        maps = {who: given[name] for who,name in _maps.items() if name in given}
+        paired = {who: self.loss.declared(fm, who) for who,fm in maps.items()}
+        if any(z is None for who,fm in maps.items() for k,z in fm.items() if k not in paired[who]): return False
+        pairs = zip(*(fm.values() for fm in paired.values()), strict=True)
+        whole = [all(z is not None for z in pair) for pair in pairs]
         return all(whole) or self.loss.gaps and any(whole)
 
     def check(self, teacher):
         "`ValueError` for a teacher without what this term needs, or layers that cannot be"
         need = sorted(self.needs & {'teacher_pred','fm_t','teacher'})
         if teacher is None and need: raise ValueError(f'{self} reads {need[0]!r}, but the teacher is None')
-        if need and need!=['teacher_pred'] and teacher.model is None:
+        if need and need!=['teacher_pred'] and not teacher.readable:
             raise ValueError(f'{self} reads the layers of one network, which {teacher!r} does not have: '
                              'give a single teacher')
-        if self.spec==(None,None) and self.needs & {'fm_s','fm_t'}:
+        bare = [who for who,name in _maps.items() if name in self.needs and not self.loss.beside(who)]
+        if self.spec==(None,None) and bare:
             raise ValueError(f'{self} reads activations and has no layers of its own: name them with '
                              '.at(student, teacher) or activations_student and activations_teacher')
         said = [L(o) for o in self.spec]
@@ -102,14 +108,21 @@ class Term:
 
     def layers_on(self, sides):
         "Find the layers it reads on `sides`, by the names of the networks; `ValueError` for unequal numbers of them"
+        declared = self._declared(sides)
+        for who,name in _maps.items():
+            inside = sides[who] is not None and self.names & {who,name}
+            more = self.loss.beside(who) if inside else ()
+            self.layers[who] = keyed([*declared.get(who, ()),*more])
+    def _declared(self, sides):
+        "The names of the layers that are paired, or the student's alone, by the names of the networks"
         mine = [sides[who] for who in self.maps if sides[who] is not None]
-        if not mine or self.spec==(None,None): return
+        if not mine or self.spec==(None,None): return {}
         student,teacher = self.spec
         if None in self.spec or len(mine)==1:
             names = layer_names(teacher if student is None else student, mine, repr(self))
         else: names = [layer_names(spec, [side], repr(self))[0] for spec,side in zip(self.spec, mine, strict=True)]
         if len(names)==2: self._equal(*names)
-        for side,found in zip(mine, names, strict=True): self.layers[side.who] = keyed(found)
+        return {side.who: found for side,found in zip(mine, names, strict=True)}
 
     def _equal(self, student, teacher):
         if len(student)==len(teacher): return

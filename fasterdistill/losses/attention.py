@@ -26,7 +26,8 @@ def attention_map(z, p=2, map='sum'):
 class Attention(FeatureLoss):
     """Match where student and teacher activations are strong, whatever their channels.
     Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, of signals `(B,C,L)` or of volumes, to a scalar,
-    summed over the pairs; the larger map of a pair is average-pooled to the smaller.
+    summed over the pairs; the larger map of a pair is average-pooled to the smaller. Beside a signal a sequence
+    `(B,L,C)`, as a transformer has it, is a signal too.
     `form='code'`, the mean of squared differences, wants a weight of about 1000. Zagoruyko and Komodakis, ICLR 2017."""
     def __init__(self,
         p:float=2,        # Power of the activations

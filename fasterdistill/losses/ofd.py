@@ -92,6 +92,6 @@ class OFD(FeatureLoss):
         s,t = same_neurons('OFD', s, t, xb)
         margin = getattr(self, f'margin{i}', None)
         if margin is None: raise ValueError(f'OFD has no margin for pair {i+1} of {n}: give margins=[…], one for each')
-        t = torch.maximum(t, margin.to(t))
+        t = torch.maximum(t, margin.to(t).view(-1, *[1]*(t.ndim-2)))
         asked = (s>t) | (t>0)
         return ((s-t).pow(2)*asked).sum()/len(s) * 2.**(i-n+1)

@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..loss import DistillLoss,FeatureLoss,check_pairs
 from ..networks.record import plain
-from ..networks.layouts import to_map
+from ..networks.layouts import as_maps,pooled_to,to_map
 
 # %% ../../nbs/losses/27_reviewkd.ipynb #c008
 class HCL(FeatureLoss):
@@ -19,7 +19,7 @@ class HCL(FeatureLoss):
     Pairs of maps `(B,C,H,W)` of one shape, channels last or tokens with a grid, to a scalar, summed over the pairs.
     `ValueError` for unequal shapes. Chen et al., CVPR 2021."""
     def pair(self, s, t, xb=None):
-        s,t = to_map(plain(s), x=xb),to_map(plain(t), x=xb)
+        s,t = as_maps(plain(s), plain(t), xb)
         if s.shape!=t.shape:
             raise ValueError(f'HCL compares maps of one shape, here {tuple(s.shape)} and {tuple(t.shape)}; '
                              'ReviewKD brings those of a student to the shapes of a teacher')
@@ -28,7 +28,7 @@ class HCL(FeatureLoss):
             if l>=s.shape[2]: continue
             weight /= 2
             weights += weight
-            total = total + weight*F.mse_loss(F.adaptive_avg_pool2d(s, l), F.adaptive_avg_pool2d(t, l))
+            total = total + weight*F.mse_loss(pooled_to(s, l), pooled_to(t, l))
         return total/weights
 
 # %% ../../nbs/losses/27_reviewkd.ipynb #c012
@@ -78,7 +78,11 @@ class ReviewKD(DistillLoss):
     def maps(self, fm_s, fm_t, xb=None):
         "Both networks' activations as maps, two lists of one length"
         check_pairs(self, fm_s, fm_t)
-        return [[to_map(plain(z), x=xb) for z in fm.values()] for fm in (fm_s,fm_t)]
+        res = [{n: to_map(plain(z), x=xb) for n,z in fm.items()} for fm in (fm_s,fm_t)]
+        odd = next((n for maps in res for n,m in maps.items() if m.ndim!=4), None)
+        if odd is None: return [[*maps.values()] for maps in res]
+        raise ValueError(f'ReviewKD fuses maps with rows and columns, and {odd!r} is a signal or a volume: '
+                         'there are losses for those, as FitNet and Attention')
     def fused(self, s, t):
         "The student's maps `s`, shallow to deep, fused and in the shapes of the teacher's `t`"
         r,res = None,[]

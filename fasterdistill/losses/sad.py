@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from ..loss import DistillLoss
 from ..networks.record import plain
-from ..networks.layouts import to_map
+from ..networks.layouts import resized,to_map
 from ..task import check_choice,check_T
 
 # %% ../../nbs/losses/40_sad.ipynb #s009
@@ -23,7 +23,7 @@ def position_shares(
     """Which share of a map's strength is where, `(B,H·W)`: the softmax over positions of the sum over channels of
     squares, enlarged to `size` before."""
     a = z.pow(2).sum(1, keepdim=True)
-    if size is not None and a.shape[2:]!=size: a = F.interpolate(a, size, mode='bilinear', align_corners=False)
+    if size is not None and a.shape[2:]!=size: a = resized(a, size)
     return F.softmax(a.flatten(1)/T, 1)
 
 # %% ../../nbs/losses/40_sad.ipynb #s014

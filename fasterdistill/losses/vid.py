@@ -12,12 +12,12 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..loss import FeatureLoss
 from ..networks.record import plain
-from ..networks.layouts import describe,is_grid,same_size,to_map
+from ..networks.layouts import describe,same_size,to_map,told
 
 # %% ../../nbs/losses/24_vid.ipynb #c008
 class Gaussian(nn.Module):
     """A normal distribution of the teacher's map, predicted from the student's: the mean, a map in the student's size,
-    and a variance for each channel. `ValueError` for what has no rows and columns."""
+    and a variance for each channel. `ValueError` for what is no map (nor a signal, nor a volume)."""
     def __init__(self,
         s,            # The student's activation
         t,            # The teacher's
@@ -27,23 +27,24 @@ class Gaussian(nn.Module):
     ):
         super().__init__()
         self.s,there,self.eps = describe(s, xb),describe(t, xb),eps
-        if not (is_grid(self.s) and is_grid(there)):
+        if None in (self.s,there) or not (self.s.is_map and there.is_map and len(self.s.size)==len(there.size)):
             raise ValueError(f'VID predicts maps from maps; these activations are {tuple(s.shape)} and '
                              f'{tuple(t.shape)}')
-        ni,nf = self.s.channels,there.channels
-        convs = [nn.Conv2d(i, nf, 1, bias=False) for i in (ni,nf,nf)]
+        ni,nf,conv = self.s.channels,there.channels,getattr(nn, f'Conv{len(there.size)}d')
+        convs = [conv(i, nf, 1, bias=False) for i in (ni,nf,nf)]
         self.mean = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
         self.log_scale = nn.Parameter(torch.full((nf,), log(expm1(variance-eps))))
     @property
     def variance(self): return F.softplus(self.log_scale)+self.eps
-    def forward(self, z): return self.mean(to_map(z, self.s)),self.variance
+    def forward(self, z): return told(self.mean(to_map(z, self.s)), True),self.variance
 
 # %% ../../nbs/losses/24_vid.ipynb #c012
 class VID(FeatureLoss):
     """Predict the teacher's activations with a normal distribution whose mean comes from the student's and whose
     variance, one a channel, is learned: how unlikely the teacher's are, `½((mu-t)²/v + log v)` on average.
-    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, to a scalar (negative where the prediction is
-    sharp and right), summed over the pairs; what is larger is average-pooled. Ahn et al., CVPR 2019."""
+    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, of signals or of volumes, to a scalar (negative
+    where the prediction is sharp and right), summed over the pairs; what is larger is average-pooled.
+    Ahn et al., CVPR 2019."""
     def __init__(self,
         variance:float=5.,  # Of all channels at the start
         eps:float=1e-5,     # The least variance
@@ -54,5 +55,5 @@ class VID(FeatureLoss):
     def pair(self, s, t, xb=None):
         mean,v = s
         mean,t = same_size(mean, plain(t), xb)
-        v = v[:,None,None]
+        v = v.view(-1, *[1]*(mean.ndim-2))
         return ((mean-t).pow(2)/v+v.log()).mean()/2

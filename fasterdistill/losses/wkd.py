@@ -6,24 +6,25 @@
 __all__ = ['windows', 'WKD']
 
 # %% ../../nbs/losses/36_wkd.ipynb #c002
+from itertools import product
 from fastcore.basics import store_attr
 from ..loss import FeatureLoss
 from ..networks.adapters import regressor
 from ..networks.record import plain
-from ..networks.layouts import to_map
+from ..networks.layouts import as_maps
 
 # %% ../../nbs/losses/36_wkd.ipynb #c009
 def windows(
-    z,    # A map `(B,C,H,W)`
+    z,    # A map `(B,C,H,W)`, a signal or a volume
     grid, # How many windows there are in each direction
 ):
     """The positions of each window of a map as `(B,C,n)`, a list, row by row; windows overlap where the grid does not
     divide the map. `ValueError` for windows of a single position."""
-    H,W = z.shape[2:]
-    def spans(n): return [(i*n//grid, -(-(i+1)*n//grid)) for i in range(grid)]
-    res = [z[:,:,a:b,c:d].flatten(2) for a,b in spans(H) for c,d in spans(W)]
+    def spans(n): return [slice(i*n//grid, -(-(i+1)*n//grid)) for i in range(grid)]
+    res = [z[(...,*at)].flatten(2) for at in product(*map(spans, z.shape[2:]))]
     if any(o.shape[2]<2 for o in res):
-        raise ValueError(f'a grid of {grid} on a map of {H}×{W} has windows of one position, which deviate by nothing: '
+        sides = '×'.join(map(str, z.shape[2:]))
+        raise ValueError(f'a grid of {grid} on a map of {sides} has windows of one position, which deviate by nothing: '
                          'name a larger layer with .at(…), or take a smaller grid')
     return res
 
@@ -31,8 +32,8 @@ def windows(
 class WKD(FeatureLoss):
     """Distribute each channel as the teacher does: squared differences of means and deviations over the positions of a
     map, or of each window of a grid, summed over channels (Wasserstein's distance of normal distributions).
-    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, to a scalar, summed over the pairs.
-    `ValueError` for maps or windows of one position, and for unequal widths with `adapter=None`.
+    Pairs of maps `(B,C,H,W)`, channels last or tokens with a grid, of signals or of volumes, to a scalar, summed over
+    the pairs. `ValueError` for maps or windows of one position, and for unequal widths with `adapter=None`.
     A weight of about .08 goes with it. Lv et al., NeurIPS 2024."""
     layers = 'last'
     def __init__(self,
@@ -44,12 +45,12 @@ class WKD(FeatureLoss):
         if not isinstance(grid, int) or grid<1: raise ValueError(f'WKD(grid={grid!r}): expected 1, 2, …')
         store_attr()
     def pair(self, s, t, xb=None):
-        s,t = to_map(plain(s), x=xb),to_map(plain(t), x=xb)
+        s,t = as_maps(plain(s), plain(t), xb)
         if s.shape[1]!=t.shape[1]:
             raise ValueError(f'WKD compares channel by channel, here are {s.shape[1]} of the student and {t.shape[1]} '
                              'of the teacher; leave adapter at its default to have them met')
-        both = zip(windows(s, self.grid), windows(t, self.grid), strict=True)
-        return sum(self._distance(a, b) for a,b in both)/self.grid**2
+        both = list(zip(windows(s, self.grid), windows(t, self.grid), strict=True))
+        return sum(self._distance(a, b) for a,b in both)/len(both)
     def _distance(self, a, b):
         "Of two clouds `(B,C,n)`, the mean over items"
         (mean_s,sd_s),(mean_t,sd_t) = ((z.mean(2),(z.var(2)+self.eps).sqrt()) for z in (a,b))

@@ -10,3 +10,4 @@ from .rehearsal import *
 from .cuts import *
 from .net import *
 from .adapters import *
+from .bifpn import *

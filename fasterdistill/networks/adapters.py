@@ -11,14 +11,13 @@ from itertools import pairwise
 from math import log2
 import torch, torch.nn.functional as F
 from torch import nn
-from .layouts import describe,from_map,is_grid,to_map
+from .layouts import describe,from_map,resized,to_map,told
 
 # %% ../../nbs/networks/10_adapters.ipynb #c005
 _conv = {1:nn.Conv1d, 2:nn.Conv2d, 3:nn.Conv3d}
 _transposed = {1:nn.ConvTranspose1d, 2:nn.ConvTranspose2d, 3:nn.ConvTranspose3d}
 _norm = {1:nn.BatchNorm1d, 2:nn.BatchNorm2d, 3:nn.BatchNorm3d}
 _pool = {1:nn.AdaptiveAvgPool1d, 2:nn.AdaptiveAvgPool2d, 3:nn.AdaptiveAvgPool3d}
-_linear = {1:'linear', 2:'bilinear', 3:'trilinear'}
 
 class Resize(nn.Module):
     "Maps at `scale` times their height and width, signals and volumes likewise"
@@ -27,7 +26,7 @@ class Resize(nn.Module):
         self.scale = scale
     def forward(self, z):
         size = [max(round(n*k), 1) for n,k in zip(z.shape[2:], self.scale, strict=True)]
-        return F.interpolate(z, size=size, mode=_linear[len(size)], align_corners=False)
+        return resized(z, size)
     def extra_repr(self): return '×'.join(f'{k:.3g}' for k in self.scale)
 
 def _ratio(a, b):
@@ -89,7 +88,8 @@ class Regressor(nn.Module):
     def forward(self, s):
         if not self.spread: return self.layers(s)
         z = self.layers(_spread(s, self.s))
-        return z.transpose(1,2) if self.sequence else z
+        if self.sequence: return z.transpose(1,2)
+        return told(z, True) if z.ndim>2 else z
 
 def regressor(s, t, xb=None):
     "A `Regressor` from the student's activation `s` to the teacher's `t`. Romero et al., ICLR 2015"
@@ -97,7 +97,7 @@ def regressor(s, t, xb=None):
 
 # %% ../../nbs/networks/10_adapters.ipynb #n002
 class Connector(nn.Module):
-    "The student's activation as a map `(B,C,H,W)` of the teacher's width, in the student's size"
+    "The student's activation with the channels first, as a map `(B,C,H,W)` has them, of the teacher's width"
     def __init__(self,
         s,       # The student's activation
         t,       # The teacher's
@@ -105,12 +105,12 @@ class Connector(nn.Module):
     ):
         super().__init__()
         self.s,there = describe(s, xb),describe(t, xb)
-        if not (is_grid(self.s) and is_grid(there)):
+        if not _meet(self.s, there):
             raise ValueError(f'no connector between activations of shape {tuple(s.shape)} and {tuple(t.shape)}: '
-                             'both need rows and columns')
-        width = there.channels
-        self.conv,self.bn = nn.Conv2d(self.s.channels, width, 1, bias=False),nn.BatchNorm2d(width)
-    def forward(self, z): return self.bn(self.conv(to_map(z, self.s)))
+                             'both need rows and columns, or both the positions of a signal or a volume')
+        width,dims = there.channels,len(there.size)
+        self.conv,self.bn = _conv[dims](self.s.channels, width, 1, bias=False),_norm[dims](width)
+    def forward(self, z): return told(self.bn(self.conv(_spread(z, self.s))), True)
 
 def connector(s, t, xb=None):
     "A `Connector` from the student's activation `s` to the width of the teacher's `t`. Heo et al., AAAI 2019"

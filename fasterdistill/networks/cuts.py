@@ -6,7 +6,7 @@
 __all__ = ['Tried', 'Forward', 'Blanks', 'Cut', 'flipped', 'Trial']
 
 # %% ../../nbs/networks/08_cuts.ipynb #h002
-from collections import namedtuple
+from collections import Counter,namedtuple
 from copy import copy
 from itertools import zip_longest
 import torch
@@ -65,10 +65,26 @@ class Cut:
         ends = {c.start: end for c,end in zip(rec, rec.ends, strict=True)}
         def done(start): return start>=0 and ends[start]<self.call.start
         self.before = {}          # for each module what its calls returned that finished before, the outermost alone
+        inside = {self.call.start} if layer.kind=='out' else set()      # starts of calls that are answered
         for c in sorted(rec, key=lambda c: c.start):
             outermost = done(c.start) and not done(c.parent)
-            if outermost and c.start not in fixed: self.before.setdefault(c.module, []).append(c.out)
+            if not outermost or c.start in fixed: continue
+            self.before.setdefault(c.module, []).append(c.out)
+            inside.add(c.start)
+        self.left_out = self._inside(inside)
+    def _inside(self, inside):
+        "How many calls of each module, by its name, are made inside of calls, and so not in a resumed pass"
+        counts = Counter()
+        for c in sorted(self.rec, key=lambda c: c.start):
+            if c.parent not in inside: continue
+            inside.add(c.start)
+            counts[c.name] += 1
+        return counts
 
+    def is_before(self, layer):
+        "Whether another `Layer` comes behind the cut; it may be one that training alone runs"
+        when = self.rec.when(layer)
+        return when is None or when>self.rec.when(self.layer)
     @property
     def resumed(self):
         "The layer as the record of a resumed pass has it"

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from .as_it_was import Container,holdings
 from .cuts import Forward,Trial
 from .names import find_layer
+from .layouts import Sides,shape_tells
 from .record import eager,lifted,look,module_by_module,tensors,tupled
-from .taps import Hook,Taps
+from .taps import Hook,Taps,Until
 
 # %% ../../nbs/networks/09_net.ipynb #c010
 @contextmanager
@@ -110,12 +111,12 @@ View.__doc__ = "What a pass returned: `pred`, and `fm`, the activations of the l
 
 class Passes:
     "The extra passes of one network, and what they share"
-    def __init__(self, model, who='network', inp=None, out=None, taps=None, sizes=None):
-        self.model,self.who,self.taps = model,who,taps
+    def __init__(self, model, who='network', inp=None, out=None, taps=None, sizes=None, double=True):
+        self.model,self.who,self.taps,self.double = model,who,taps,double
         self.inp = inp or (lambda *xb: xb)               # what a teacher does to its inputs
         self.out = out or (lambda o: o)                  # and to its outputs
         self.norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-        self.memory,self.names = Memory(model, self.norms),{}
+        self.memory,self.names,self.ends = Memory(model, self.norms),{},{}
         self.segments = {}                               # whether passes of a kind meet checkpointed segments
         self.sizes = {} if sizes is None else sizes      # for each size of inputs, and what is read, the places tried
         self.xb,self.around,self.seen,self.size = None,nullcontext,None,None
@@ -135,6 +136,19 @@ class Passes:
         if name not in known: known[name] = find_layer(self.model, name, self.inputs(), who=self.who)
         return known[name]
 
+    def until(self, name):
+        "What ends a pass at the layer that `name` means"
+        if name not in self.ends:
+            first = {name: self.taps.first.get(name)} if name in self.read else None
+            self.ends[name] = Until(self.model, name, self.find(name), self.who, first, self.double)
+        return self.ends[name]
+    def handed(self, end, z):
+        "The activation that ended a pass, as it is handed on"
+        xb,name = self.inputs(),end.name
+        if name not in end.first and xb is not None and isinstance(z, torch.Tensor) and not shape_tells(z.shape, xb):
+            with self.around(): end.first[name] = Sides(self.whole({}, xb), xb).of(end.layers[name], z)
+        return end.hand(name, z)
+
     def trained(self):
         "The norms that go by the batch in training; not those that the user holds in evaluation meanwhile"
         return [m for m in self.norms if m.training or not self.model.training]
@@ -147,23 +161,28 @@ class Passes:
             with Keeping() as mode: yield
             self.segments[kind] = mode.met
 
-    def run(self, forward, layers, bn, tried=None):
-        "A `View` of the pass that `forward` makes, without a trace in the ordinary one"
-        kind = tried and tried.cut.layer
+    def run(self, forward, layers, bn, tried=None, until=None):
+        "A `View` of the pass that `forward` makes, up to the layer `until`, without a trace in the ordinary one"
+        end = None if until is None else self.until(until)
+        kind = tried and tried.cut.layer,until
+        left_out = tried.cut.left_out if tried else None
         with ExitStack() as stack:
             if self.taps and not self.taps.handles:
                 stack.callback(self.taps.remove)
                 self.taps.attach()
-            store = stack.enter_context(self.taps.aside()) if self.taps else {}
+            store = stack.enter_context(self.taps.aside(left_out)) if self.taps else {}
             stack.enter_context(bn_mode(self.trained(), bn))
             stack.enter_context(self.memory.kept(kind))
             stack.enter_context(self.around())
             stack.enter_context(eager())
             stack.enter_context(module_by_module())
             stack.enter_context(self.keeping(kind))
-            pred = self.out(forward())
+            if end is None: pred = lifted(self.out(forward()))
+            else: pred,z = None,end.of(forward, left_out)
         fresh = [n for n in layers if n in store and (tried is None or n in tried.ran)]
-        return View(lifted(pred), {n: self.taps.hand(n, store[n]) for n in fresh})
+        fm = {n: self.taps.hand(n, store[n]) for n in fresh}
+        if end is not None: fm[until] = self.handed(end, z)
+        return View(pred, fm)
 
     def tried(self, *names):
         "`Tried` places, in the order of `names`; those not tried on inputs of this size are, in one go"
@@ -192,9 +211,10 @@ class Net:
         out=None,     # Takes the prediction from what the network returns
         taps=None,    # `Taps` that are on the network already
         sizes=None,   # Places tried in an earlier fit
+        double=True,  # Whether float64 is handed on as it is
     ):
         if taps is None and layers: taps = Taps(model, layers, x, who=who)
-        self.model,self.layers,self.passes = model,list(layers),Passes(model, who, inp, out, taps, sizes)
+        self.model,self.layers,self.passes = model,list(layers),Passes(model, who, inp, out, taps, sizes, double)
         if x is not None: self.at(tupled(x))
 
     def at(self, xb, around=nullcontext, seen=None):
@@ -214,10 +234,11 @@ class Net:
         "The `Record` of a pass on the batch it is at: which modules it calls, in which order"
         return self.passes.whole({}, self.passes.inputs())
 
-    def __call__(self, *xb, bn='batch'):
+    def __call__(self, *xb, bn='batch', until=None):
         """Another pass on `xb`, in the network's present mode; averages of a BatchNorm move only with `bn='update'`,
-        and one that is held in evaluation while the network trains goes by its averages"""
-        return self.passes.run(lambda: self.model(*self.passes.inp(*tupled(xb))), self.layers, bn)
+        and one that is held in evaluation while the network trains goes by its averages. `until`: a layer at which the
+        pass ends; `pred` is None then, and `fm` holds what was read on the way and, by that name, the layer itself"""
+        return self.passes.run(lambda: self.model(*self.passes.inp(*tupled(xb))), self.layers, bn, until=until)
 
     def why_not(self, layer):
         "Why the network cannot be cut at `layer` (or at one of a list, tried in one go), in words; None if it can"
@@ -226,11 +247,15 @@ class Net:
         "Whether the output depends on what came before `layer` through `layer` alone"
         return self.why_not(layer) is None
 
-    def resume(self, layer, z, bn='batch'):
-        """What comes after `layer`, started from `z` (in the layer's own layout, any number of items).
-        Gradients reach `z` and the later layers. `ValueError`, saying why, where the network cannot be cut."""
+    def resume(self, layer, z, bn='batch', until=None):
+        """What comes after `layer`, started from `z` (in the layer's own layout, any number of items); all of it, or
+        `until` another layer, as in a pass. Gradients reach `z` and the later layers.
+        `ValueError`, saying why, where the network cannot be cut."""
         tried, = self.passes.tried(layer)
         if tried.reason: raise ValueError(tried.reason)
+        if until is not None and not tried.cut.is_before(self.find(until)):
+            raise ValueError(f'until={until!r}: in the {self.passes.who} that comes before {layer!r}, or is the same, '
+                             'so nothing is left to run')
         shape = tried.cut.info.shape
         if z.ndim!=len(shape):
             raise ValueError(f'{layer!r} of the {self.passes.who} returns {("B",)+shape[1:]}: '
@@ -238,7 +263,7 @@ class Net:
         def forward():
             own = z if torch.is_autocast_enabled(z.device.type) else z.to(tried.cut.info.dtype)
             return tried.cut.run(self.model, own)
-        return self.passes.run(forward, self.layers, bn, tried)
+        return self.passes.run(forward, self.layers, bn, tried, until)
 
 # %% ../../nbs/networks/09_net.ipynb #c005b
 def unhook(*models):

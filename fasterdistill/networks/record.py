@@ -45,10 +45,12 @@ def detached(o):
     return each(torch.Tensor.detach, o)
 
 def lifted(o, double=True):
-    "`o` without a subclass, half precision as float32, and float64 unless it may be `double`; all else as it is"
+    """`o` without a subclass, half precision as float32, and float64 unless it may be `double`; where that is a type,
+    all floating-point numbers in it; all else as it is"""
     o = plain(o)
-    others = (torch.float16,torch.bfloat16) if double else (torch.float16,torch.bfloat16,torch.float64)
-    return o.float() if isinstance(o, torch.Tensor) and o.dtype in others else o
+    if not isinstance(o, torch.Tensor) or not o.is_floating_point(): return o
+    if isinstance(double, torch.dtype): return o.to(double)
+    return o if o.dtype==torch.float32 or double and o.dtype==torch.float64 else o.float()
 
 def ordinary(o):
     "A tensor made in inference mode, which autograd may not use, as a copy that it may; else `o`"
