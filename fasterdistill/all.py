@@ -11,16 +11,18 @@ from .callback import KnowledgeDistillationCallback
 from .checkpoint import Checkpoint
 from .loss import DistillLoss,FeatureLoss,TaskLoss,after,as_loss,ramp,steps
 from .losses.consistency import shuffle_in_pairs
+from .losses.fitnet import hint,pointwise
 from .losses.simkd import simkd_student
+from .losses.sskd import fit_head
 from .missing import MissingLabels
 from .networks.adapters import bridge,local_to_global,regressor
 from .networks.exits import exit_head
-from .networks.names import find_layer,pair_layers
+from .networks.names import find_layer,get_model_layers,match_feature_layers,pair_layers
 from .networks.net import Net
 from .networks.layouts import pooled,to_map
 from .networks.stages import stages
 from .networks.upto import upto
-from .show import plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
+from .show import plot_flatness,plot_parts,predictions,show_attention,show_dark_knowledge,show_layers
 from .task import gather
 from .teachers import EMA,Called,Ensemble,Frozen,Teacher,as_teacher
 

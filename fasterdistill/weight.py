@@ -12,17 +12,24 @@ from torch import nn
 
 # %% ../nbs/01_weight.ipynb #c016b
 def check_weight(w):
-    "`w` if it can weigh a loss: a number, or a function of `pos` or `epoch`; else `TypeError`"
+    "`w` if it can weigh a loss: a number, a function of `pos` or `epoch`, a schedule with `progress`; else `TypeError`"
     if isinstance(w, torch.Tensor) and w.ndim==0: w = w.item()
     if isinstance(w, (int,float)) and not isinstance(w, bool):
         if not math.isfinite(w): raise ValueError(f'a weight of {w!r}: expected a finite number')
         return w
-    if callable(w) and not isinstance(w, nn.Module) and _depends_on(w): return w
+    if not isinstance(w, nn.Module) and _depends_on(_function(w)): return w
     raise TypeError(f'{w!r} cannot weigh a loss: expected a number or a function of one parameter, '
                     'named `pos` or `epoch`, such as ramp(20)')
 
+def _function(weight):
+    "What computes `weight`: itself, or a schedule's `progress` at a fraction of the fit; None for a number"
+    progress = getattr(weight, 'progress', None)
+    if not isinstance(weight, type) and callable(progress): return lambda pos: float(progress(pos))
+    return weight if callable(weight) else None
+
 def _depends_on(weight):
     "The name of the one parameter that the function `weight` needs, 'pos' or 'epoch'; None if it is no such function"
+    if weight is None: return None
     try: params = inspect.signature(weight).parameters.values()
     except (TypeError,ValueError): return None
     by_place = [p for p in params if p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD)]
@@ -31,8 +38,9 @@ def _depends_on(weight):
 
 def weigher(weights):
     "The product of `weights` as a function of `pos` and `epoch`"
-    fixed = math.prod(w for w in weights if not callable(w))
-    moving = [(w, _depends_on(w)) for w in weights if callable(w)]
+    functions = [_function(w) for w in weights]
+    fixed = math.prod(w for w,f in zip(weights, functions, strict=True) if f is None)
+    moving = [(f, _depends_on(f)) for f in functions if f is not None]
     def weigh(pos, epoch):
         now = dict(pos=pos, epoch=epoch)
         return fixed*math.prod(w(now[name]) for w,name in moving)

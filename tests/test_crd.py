@@ -79,6 +79,20 @@ def test_both_ways_of_comparing(n, width):
     torch.testing.assert_close(value, total, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(g, torch.autograd.grad(total, s)[0], rtol=1e-3, atol=1e-4)
 
+@pytest.mark.parametrize('scale', [0.,1e-20,1e4])
+def test_extremes(scale):
+    "Features of nothing, and large ones, at a temperature that exponentials of float32 would not bear"
+    s,t,idx = scale*torch.randn(4, 6),torch.randn(4, 3),torch.tensor([1,7,4,9])
+    loss = CRD(negatives=5, width=4, tau=.005)
+    loss.build(fm_s={'a':s}, fm_t={'a':t}, n_items=20)
+    for _ in range(3):
+        a = s.clone().requires_grad_()
+        value = loss(fm_s={'a':a}, fm_t={'a':t}, idx=idx)
+        grads = torch.autograd.grad(value, [a,*loss.parameters()])
+        assert value.isfinite()
+        assert all(g.isfinite().all() for g in grads)
+    assert all(o.isfinite().all() for o in loss.state_dict().values())
+
 # ---- in a Learner ----
 
 def kd(teacher, **kwargs): return KD(teacher, TaskLoss()+.8*CRD(width=16, **kwargs))

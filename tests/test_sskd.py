@@ -123,6 +123,21 @@ def test_head_of_whatever_teaches(teacher):
     with pytest.raises(ValueError, match='have to be square'):
         fit_head(teacher, DataLoader([(torch.rand(1,8,12),0)]*4, batch_size=2), 1, progress=False)
 
+class Scaled(nn.Module):
+    "A network of pictures and of a number for each"
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+    def forward(self, x, scale): return self.m(x*scale[:,None,None,None])
+
+def test_head_of_two_inputs(teacher):
+    "What comes beside a picture goes with all its positions"
+    scale = torch.linspace(.5, 2, 64)
+    one = DataLoader([(x*k,0) for x,k in zip(X, scale)], batch_size=16)
+    two = DataLoader([(x,k,0) for x,k in zip(X, scale)], batch_size=16)
+    a,b = fit_head(teacher, one, 1, progress=False),fit_head(Scaled(teacher), two, 1, progress=False)
+    for k,o in a.state_dict().items(): torch.testing.assert_close(b.state_dict()[k], o, rtol=1e-4, atol=1e-6)
+
 def test_teachers_own_inputs(teacher):
     "A head is made on what the network sees when it teaches: the same as on pictures that were normalised before"
     was,net_inp = state(teacher),Frozen(teacher, inputs=lambda x: 2*x-1)

@@ -17,7 +17,7 @@ from .columns import Columns
 from .learned import fill_parts,put_back_later
 from .opening import Opening,check_widths
 from .side import frozen
-from ..networks.net import unhook
+from ..networks.net import hooks_on,unhook
 from ..networks.precision import autocast_kept,autocast_of,outside
 from ..networks.record import module_by_module,stance_kept
 
@@ -57,7 +57,10 @@ class Teaching:
         self.columns,self.late = Columns(task_of(learn), terms, history),LateDistillation(self)
         self.stack,self.step_stack,self.opening,self.order = ExitStack(),ExitStack(),None,None
         self.kept,self.untrained = None,[]               # a file to go on from; buffers of the student, until a step
+        self.others = hooks_on(*self.networks)           # of a fit that this one runs within, on the same teacher
 
+    @property
+    def networks(self): return [self.learn.model,*(self.teacher.networks() if self.teacher is not None else ())]
     def open(self):
         "Make ready on the batch the Learner is at, and go on from what a file kept"
         finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
@@ -87,7 +90,6 @@ class Teaching:
         if self.teacher is not None: self.stack.callback(self.teacher.put_back_later())
     def close(self):
         "Leave everything as it was; more than once does no harm"
-        networks = self.teacher.networks() if self.teacher is not None else []
         try:
             self.step_stack.close()
             self.stack.close()
@@ -95,7 +97,7 @@ class Teaching:
             self.stack.close()                           # before the teacher's: what it put back is as it was held
             self.learned.end()
             if self.teacher is not None: self.teacher.close()
-            unhook(self.learn.model, *networks)
+            unhook(*self.networks, but=self.others)
             self.give_order_back()
             self.opening = None
 

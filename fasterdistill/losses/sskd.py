@@ -57,7 +57,7 @@ def fit_head(
     `ValueError` for pictures that are not square, and for what is no network. Xu et al., ECCV 2020."""
     loader,head = _loader(dls),None
     with _asked(teacher, dls) as (model,inp), _drawn_from(seed, loader, model):
-        vectors = _Vectors(model, layer, inp, getattr(loader, 'n_inp', 1))
+        vectors = _Vectors(model, layer, inp, getattr(loader, 'n_inp', None))
         for epoch in (bar := progress_bar(range(epochs)) if progress else range(epochs)):
             seen = []
             for z in map(vectors, loader):
@@ -113,7 +113,8 @@ class _Vectors:
         self.model,self.layer,self.inp,self.n_inp,self.net = model,layer,inp,n_inp,None
     def __call__(self, batch):
         device = device_of(self.model)
-        x,*more = each(lambda o: plain(o).to(device), tuple(batch)[:self.n_inp])
+        n = self.n_inp or max(len(batch)-1, 1)                       # as a Learner splits a batch
+        x,*more = each(lambda o: plain(o).to(device), tuple(batch)[:n])
         views = torch.cat([x[:,None],turned(x).unflatten(0, (-1,3))], 1).flatten(0,1)
         xb = views,*(o.repeat_interleave(4, 0) for o in more)
         with torch.no_grad():
