@@ -4,10 +4,11 @@ A recipe gets the number of epochs, as what a paper lets grow over its first 20 
 is a network like the student, untrained, `head` what `fit_head` made for the teacher."""
 import inspect
 
-from fasterdistill.all import (CC,CRD,CSKD,DDGSD,DIST,DKD,DML,FCFD,FRSKD,FRSKDSLA,FSP,HCL,NKD,NST,OFA,OFD,PKT,RKD,RLD,
-                               SAD,SLA,SP,SRD,SSKD,TAS,USKD,VID,WKD,WSL,WTTM,ActivationBoundaries,AdjustedSoftTarget,
-                               Attention,Cosine,FitNet,GradientAttention,HardTarget,InfoNCE,Logits,Mutual,OFALogits,
-                               ReviewKD,SimKD,SoftTarget,TaskLoss,ramp,steps)
+from fasterdistill.all import (BYOT,CC,CRD,CSKD,DDGSD,DIST,DKD,DML,FCFD,FRSKD,FRSKDSLA,FSP,HCL,NKD,NST,
+                               OFA,OFD,PKT,RKD,RLD,SAD,SLA,SP,SRD,SSKD,TAS,USKD,VID,WKD,WSL,WTTM,
+                               ActivationBoundaries,AdjustedSoftTarget,Attention,Cosine,DeepSupervision,FitNet,
+                               GradientAttention,HardTarget,InfoNCE,Logits,Mutual,OFALogits,ReviewKD,SimKD,
+                               SoftTarget,TaskLoss,hint,ramp,steps)
 
 
 def part(epochs, n, of=240):
@@ -34,7 +35,7 @@ recipes = {
     'HardTarget': lambda n: .5*TaskLoss() + .5*HardTarget(),
     'Mutual': lambda n: TaskLoss() + Mutual(),
     'Attention': lambda n: TaskLoss() + 1000*Attention(),
-    'FitNet': lambda n: TaskLoss() + 100*FitNet().at('layer2'),
+    'FitNet': lambda n: TaskLoss() + 100*FitNet(adapter=hint).at('layer2'),
     'NST': lambda n: TaskLoss() + 50*NST(),
     'FSP': lambda n: two_phases(FSP(), n),
     'VID': lambda n: TaskLoss() + VID(),
@@ -56,6 +57,8 @@ recipes = {
     'CRD': lambda n: TaskLoss() + .8*CRD(),
     'SSKD': lambda n, head: .1*TaskLoss() + SSKD(head),
     'SAD': lambda n: TaskLoss() + .1*SAD(),
+    'BYOT': lambda n: TaskLoss() + BYOT(),
+    'DeepSupervision': lambda n: TaskLoss() + DeepSupervision(),
     'FRSKD': lambda n: TaskLoss() + FRSKD(alpha=2, beta=100),
     'SLA': lambda n: TaskLoss() + SLA(),
     'FRSKDSLA': lambda n: TaskLoss() + FRSKDSLA(alpha=2, beta=100),
