@@ -18,7 +18,11 @@ from torchvision.models import resnet18
 from fasterdistill.checkpoint import Checkpoint
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses.consistency import CSKD,DDGSD,class_partners,shuffle_in_pairs
+from fasterdistill.losses.dml import DML
+from fasterdistill.losses.logits import SoftTarget
+from fasterdistill.losses.sad import SAD
 from fasterdistill.losses.uskd import USKD
+from fasterdistill.teachers import EMA
 
 n = 12
 
@@ -215,3 +219,22 @@ def test_networks(name, size):
     assert all(0<abs(kd.parts[k])<float('inf') for k in ('uskd','uskd_weak','cskd','ddgsd','ddgsd_apart'))
     assert kd.parts['cskd_paired']==1
     assert all(p.isfinite().all() for p in model.parameters())
+
+@pytest.mark.parametrize('size', [64,pytest.param(96, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', [*timms,'vision_learner'])
+def test_networks_beside_a_peer_and_their_own_average(name, size):
+    "Stages that learn from the next one, a peer, and the average of the network: two steps"
+    model,peer = picture_model(name, size),picture_model(name, size)
+    for m in peer.modules():
+        if hasattr(m, 'reset_parameters'): m.reset_parameters()
+    kd = KD(EMA(.9), TaskLoss()+SAD(start=0)+DML(peer)+SoftTarget())
+    learn = learner(model, tuples(noise(size), torch.arange(8)//2, n=8, valid=0, bs=4), cbs=kd)
+    keys,began = [*model.state_dict()],state(peer)
+    learn.fit(1)
+    assert left(learn)==[]
+    assert [*model.state_dict()]==keys
+    assert all(0<kd.parts[k]<float('inf') for k in ('sad','dml','soft_target'))
+    assert all(p.isfinite().all() for m in (model,peer) for p in m.parameters())
+    assert any(not torch.equal(began[k], v) for k,v in peer.state_dict().items())
+    assert kd.teacher.model is not model
+    assert any(not torch.equal(a, b) for a,b in zip(kd.teacher.model.parameters(), model.parameters(), strict=True))
