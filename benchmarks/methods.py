@@ -138,7 +138,9 @@ def tried(name):
             'pixels': one_fit(name, UNet(), UNet(), pixels, 16, 3),
             'MixUp': one_fit(name, CNN(8), CNN(8), y, cbs=[MixUp()])}
 
-def by_name(name): return recipe(name, budget['epochs'], peer=lambda: Three(4), head=lambda: projection_head(64))
+def written(name):
+    "The recipe as one would write it"
+    return repr(recipe(name, budget['epochs'], peer=lambda: Three(4), head=lambda: projection_head(64)))
 
 # -- a file that every step is written to
 def measure(name, file, seeds, costs):
@@ -148,7 +150,7 @@ def measure(name, file, seeds, costs):
         file.write_text(json.dumps(known, indent=1, sort_keys=True)+'\n')
         print(name, *new, flush=True, file=sys.stderr)
     if name!='alone':
-        if 'tried' not in known.get(name, {}): keep(recipe=repr(by_name(name)), tried=tried(name))
+        if 'tried' not in known.get(name, {}): keep(recipe=written(name), tried=tried(name))
         if costs and 'cost' not in known[name]: keep(cost=cost(name))
     runs = known.get(name, {}).get('runs', [])
     for seed in range(len(runs), seeds):

@@ -11,7 +11,8 @@ from torch import nn
 from fasterdistill.loss import TaskLoss
 from fasterdistill.losses import (AB,FCFD,HCL,NST,OFA,OFD,SAD,TAS,VID,WKD,Attention,FitNet,InfoNCE,ReviewKD,
                                   windows)
-from fasterdistill.networks.adapters import bridge,exit_head,local_to_global,regressor
+from fasterdistill.networks.adapters import bridge,local_to_global,regressor
+from fasterdistill.networks.exits import exit_head
 from fasterdistill.networks.layouts import Sides,Stage,describe,from_map,pooled,to_map,told
 from fasterdistill.networks.names import pair_layers
 from fasterdistill.networks.net import Net

@@ -7,7 +7,8 @@ import torch
 from common import hf_block,hf_old
 from torch import nn
 
-from fasterdistill.networks.adapters import bridge,exit_head,regressor
+from fasterdistill.networks.adapters import bridge,regressor
+from fasterdistill.networks.exits import exit_head
 from fasterdistill.networks.layouts import Stage,describe,from_map,is_grid,pooled,to_map
 from fasterdistill.networks.stages import stages
 

@@ -267,10 +267,10 @@ class Net:
 
 # %% ../../nbs/networks/09_net.ipynb #c005b
 def hooks_on(*models):
-    "The hooks of ours that are on networks"
+    "The hooks of ours that are on networks, without those that a copy of one has, which do nothing"
     modules = {m for model in models for m in model.modules()}
     hooks = [h for m in modules for o in (m._forward_hooks,m._forward_pre_hooks) for h in o.values()]
-    return {h for h in hooks if isinstance(h, Hook)}
+    return {h for h in hooks if isinstance(h, Hook) and h.taps}
 
 def unhook(*models,
     but=(), # Those of a fit that another one runs within
