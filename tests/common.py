@@ -166,6 +166,7 @@ def hf_vit(width=16, s=0, **config):
         hidden_size=width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=2*width,
         image_size=8, patch_size=2, num_channels=1, num_labels=10, **config))
 
+exports = hasattr(torch.compiler, 'set_stance')          # torch 2.4 cannot follow a network that was cut off
 hf_old = int(version('transformers').partition('.')[0])<5
 def hf_block(path):
     "The activation of a block: transformers 4 returns it in a tuple"

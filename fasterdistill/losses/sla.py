@@ -38,7 +38,7 @@ class Views(nn.Module):
     def __len__(self): return len(self.quarters)*len(self.orders)
     def check(self, x):
         "`ValueError` for what has no such views"
-        shape = tuple(getattr(x, 'shape', ()))
+        shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
         if len(shape)!=4: raise ValueError(f'SLA turns pictures (B,C,H,W); the input is {shape or type(x).__name__}')
         if len(self.quarters)==4 and shape[2]!=shape[3]:
             raise ValueError('SLA turns pictures by quarters, after which only square ones are as large as before; '

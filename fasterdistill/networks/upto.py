@@ -6,7 +6,6 @@
 __all__ = ['End', 'Answer', 'Refuse', 'shell', 'unused', 'blank_out', 'Upto', 'copy_of', 'upto']
 
 # %% ../../nbs/networks/11_upto.ipynb #u002
-from collections import Counter
 from copy import deepcopy
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ class End:
         self.begin()
     def begin(self, xb=()):
         "Before a pass on `xb`"
-        self.calls,self.got,self.turns,self.xb = 0,[],Counter(),xb
+        self.calls,self.got,self.turns,self.xb = 0,[],{},xb
     def __call__(self, module, args, more):
         "`more`: what the module returns, or what it is given by name"
         self.calls += 1
@@ -46,9 +45,9 @@ class End:
         else: module.register_forward_pre_hook(self, with_kwargs=True)
     def blanks(self, outs, name):
         "Zeros for the next of the outputs `outs` of the module called `name`, for as many items as the pass has"
-        turn = min(self.turns[name], len(outs)-1)
-        self.turns[name] += 1
-        return Blanks(self.of, n_items(self.xb), tensors(self.xb)[0].device)(outs[turn])
+        turn = self.turns.get(name, 0)
+        self.turns[name] = turn+1
+        return Blanks(self.of, n_items(self.xb), tensors(self.xb)[0].device)(outs[min(turn, len(outs)-1)])
     def take(self):
         "What the layer handed over in the last pass, once"
         got = self.got
