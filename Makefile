@@ -12,7 +12,7 @@ PYTEST   = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durat
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo install test test-all lint run prepare readme versions matrix
+.PHONY: demo install test test-all lint run prepare readme versions matrix methods
 
 # What the demo imports, not the tools of development
 demo: $(DEMO)
@@ -35,6 +35,10 @@ lint: $(READY)
 matrix: export MPLBACKEND = agg
 matrix: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_fastai.py --write-matrix --deselect tests/test_fastai.py::test_the_page_says_so
+
+# What every method comes to on the demo's digits, what a step costs, what it was tried on: hours, once; a run goes on
+methods: $(READY)
+	$(BIN)/python benchmarks/methods.py
 
 # What every loss promises, on the lowest versions settings.ini allows (Python 3.10) and on the newest,
 # each in an environment of its own; needs uv
