@@ -88,13 +88,23 @@ def trained(name, seed):
 # -- what a step costs
 pair,(batches,rounds,warm) = cases['resnet56 → resnet20, 128×3×32×32']._replace(bs=32),(4,7,2)
 
+class Numbered(Batches):
+    "Batches whose items have numbers, for a loss that remembers each"
+    bs = pair.bs
+    @property
+    def dataset(self): return range(self.bs*len(self.batches))
+    def get_idxs(self): return [i%len(self.dataset) for i in range(self.bs*len(self))]
+    def __iter__(self):
+        self.get_idxs()                                  # as fastai's loaders do when they begin
+        return super().__iter__()
+
 def cost(name):
     "Processor time of a step, as a multiple of that of SoftTarget in the same round: median, and the middle half"
     device = torch.device('cpu')
     student,teacher,data = networks(pair, device, batches)
     ways,times = {},{}
     for n in (name,'SoftTarget'):
-        dl = Batches(data, batches, warm, device, time.process_time)
+        dl = Numbered(data, batches, warm, device, time.process_time)
         own,other = copy.deepcopy(student),copy.deepcopy(teacher)
         if n in prepared: own = prepared[n](own, other, data[0][0])
         kd = callback(other, n, 240, peer=pair.student, head=lambda: projection_head(64))
