@@ -116,7 +116,7 @@ def bare(dl, student, teacher, m):
             for x,y in dl: step(x.to(dl.device), y.to(dl.device))
     return run
 
-def learner(dl, student, cbs):
+def learner(dl, student, cbs, lr=lr):
     """The same with a Learner that has fastai's default callbacks (Recorder too), without the progress bar,
     and whose validation set is empty"""
     def opt_func(params, lr): return OptimWrapper(params, torch.optim.SGD, lr=lr, **sgd)
